@@ -189,7 +189,7 @@ class Inspected(Printed):
         values = {place: 100 * (add / own) ** 0.5 if own else 0.0 for place, (add, own) in squares.items()}
         for name in self.exploded:
             place = short[layers[name]], linears[name]
-            words[place] = f"{values[place]:.3g} !"
+            words[place] = f"{values[place]:,.0f} !"
         bars = {}
         if self.ablation is not None and self.ablation.unit == "layers":
             bars = {short.get(part.name, "-"): part.value for part in self.ablation.parts}
@@ -228,7 +228,7 @@ class Inspected(Printed):
             say(console, f"\nwritten: {near(self.output / FIGURES)}, {near(self.output / PICTURE)}")
 
     def _findings(self) -> list[str]:
-        exploded = [f"{name} ({100 * self._ratios[name]:.3g} %)" for name in self.exploded]
+        exploded = [f"{name} ({100 * self._ratios[name]:,.0f} %)" for name in self.exploded]
         same = [f"{one} = {other}" for one, other in self.same_modules]
         ranks = [f"{name} ({counted(len(pairs), 'pair')})" for name, pairs in self.same_ranks.items()]
         found = {
@@ -328,9 +328,9 @@ def _show_heat_map(heat: HeatMap, block: str) -> Table:
                 continue
             share = heat.share(place)
             red, green, blue = shade(share)
-            ink = "red" if place in heat.words else "white" if is_dark(share) else "black"
+            style = f"{'white' if is_dark(share) else 'black'} on rgb({red},{green},{blue})"
             text = heat.words.get(place) or f"{heat.values[place]:.2f}"
-            cells.append(Text(f" {text} ", style=f"{ink} on rgb({red},{green},{blue})"))
+            cells.append(Text(f" {text} ", style="bold white on red" if place in heat.words else style))
         if row in heat.bars:
             value = heat.bars[row]
             cells.append(f"  {block * max(1, round(_BAR * abs(value) / longest))} {value:+.3g}")

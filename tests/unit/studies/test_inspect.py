@@ -282,6 +282,18 @@ def test_a_model_that_changes_its_layers_results_is_computed_whole(run: Path, mo
     assert calls[0] == 1 and set(calls[1:]) == {0}
 
 
+def test_rows_checkpoint_and_base_are_those_that_were_named(run: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(5, first=300))
+    given: dict[str, Any] = {"checkpoint": 2, "base_model": run.parent / "base", "limit": None, "quiet": True}
+    found = lorafit.inspect_adapter(run.parent / "recipe.yaml", split="validation", **given)
+    assert found.adapter == run / "checkpoints" / "step-000002" / "adapter" and found.ablation is not None
+    assert (found.ablation.split, found.ablation.rows) == ("validation", 3)
+    other = lorafit.inspect_adapter(run, overrides={"data.test": str(rows)}, **given).ablation
+    last = lorafit.inspect_adapter(run, quiet=True, overrides={"data.test": str(rows)}).ablation
+    assert other is not None and last is not None and (other.rows, last.rows) == (5, 5)
+    assert other.base_loss == last.base_loss and other.tuned_loss != last.tuned_loss
+
+
 def test_two_adapters_of_one_base_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run / "adapter", other)
