@@ -75,7 +75,7 @@ def test_an_update_is_what_a_merge_adds_to_the_weight(tmp_path: Path, kind: str,
     after = model.merge_and_unload().state_dict()
     changed = {name.removesuffix(".weight") for name, value in before.items() if not torch.equal(after[name], value)}
     assert {name.removesuffix(".weight") for name in reader.modules} == changed and changed
-    for module in reader.modules:
+    for module in reader.modules[:: 5 if kind == "peft" else 1]:  # PEFT's layer is made anew for each
         update, weight = reader.read(module), f"{module.removesuffix('.weight')}.weight"
         exact = (after[weight].double() - before[weight].double()).reshape(update.shape)
         assert update.matrix is not None
