@@ -21,7 +21,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"__main__"},
     {"cli", "__init__"},
     {"api"},
-    {"studies", "chatting", "serving", "console.python_calls"},
+    {"studies", "chatting", "serving", "exporting", "console.python_calls"},
     {"pipeline"},
     {"training", "merging", "answering.classify"},
     {"answering.answer_rows", "answering.several"},

@@ -158,13 +158,16 @@ def check_format(value: JsonMapping, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
+def atomic_dir(
+    path: Path, *, replace: bool = False, digests: Mapping[str, str] | None = None, lists_files: bool = True
+) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill; on success it gets its MANIFEST and becomes `path`.
 
     Args:
         path: The folder that shall exist, whole, afterwards.
         replace: Whether an existing `path` gives way (it is moved aside first, and removed last).
         digests: SHA-256 by relative name of files that were hashed while they were written; others are read again.
+        lists_files: Whether it gets a MANIFEST; what is for other programs gets none.
 
     Raises:
         ResourceError: The disk is full, read-only or broken; `path` is as it was.
@@ -177,11 +180,13 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
             file.chmod(0o644)
             _sync(file)
             name = file.relative_to(temporary).as_posix()
-            known = (digests or {}).get(name)
-            entries[name] = {"bytes": file.stat().st_size, "sha256": known or hash_file(file)}
-        manifest, listed = temporary / MANIFEST, {"format": FORMAT, "files": entries}
-        manifest.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+            known = (digests or {}).get(name) if lists_files else ""
+            entries[name] = {"bytes": file.stat().st_size, "sha256": hash_file(file) if known is None else known}
+        if lists_files:
+            manifest, listed = temporary / MANIFEST, {"format": FORMAT, "files": entries}
+            manifest.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            _sync(manifest)
+        for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             _sync(folder)
         if path.exists() and not replace:
             raise UsageError("exists already", file=str(path), todo="choose another output")

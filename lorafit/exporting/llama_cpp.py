@@ -1,0 +1,132 @@
+"""Logits of llama.cpp beside lorafit's: the proof that a GGUF computes what was trained.
+
+Both compute in fp32: llama.cpp with a cache of f32 and without flash attention, whose defaults alone move the logits of
+an unchanged base by 1e-2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafit.console.wording import counted
+from lorafit.errors import NumericsError, UsageError
+from lorafit.exporting.exported import EngineProof
+from lorafit.exporting.gguf_file import DataType
+from lorafit.exporting.probes import probe_texts
+from lorafit.exporting.source import Source
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.attach import open_adapter
+from lorafit.model.base import Base, read_base
+from lorafit.model.classes import usual_class
+from lorafit.model.load import load_model
+from lorafit.ops.logits_distance import logits_distance
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_BOUNDS: dict[DataType, float] = {"f32": 1e-4, "bf16": 2e-2, "f16": 5e-3, "q8_0": 0.1}
+"""Most that `logits_distance` may be; docs/export.md has SmolLM2's. What computes another function is nearer to 1."""
+_PROBES, _LONGEST_PROBE = 6, 200
+_F32 = 0  # ggml's number for the type
+
+
+def require_llama_cpp() -> None:
+    """Raises UsageError where llama.cpp's Python package is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        todo = "pip install llama-cpp-python, or leave --verify out"
+        raise UsageError("--verify asks llama.cpp, which is not installed", key="--verify", todo=todo)
+
+
+def prove_gguf(file: Path, model: Path, source: Source, data_type: DataType) -> EngineProof:
+    """A GGUF of a whole model beside the folder that it was made from. Raises NumericsError where they differ."""
+    plain = load_exactly(read_base(model, is_compared=False), source)
+    return _compare(plain, _Llama(file), source, _BOUNDS[data_type], reads_text=True)
+
+
+def prove_adapter(base_file: Path, adapter_file: Path, source: Source) -> EngineProof:
+    """A GGUF adapter on its base in f32, beside the adapter on the same base."""
+    saved = source.require_adapter()
+    adapted = open_adapter(load_exactly(source.base, source), saved.path, base=source.base)
+    return _compare(adapted, _Llama(base_file, adapter_file), source, _BOUNDS["f32"], reads_text=False)
+
+
+def load_exactly(base: Base, source: Source) -> PreTrainedModel:
+    """A model in fp32 on the CPU, its weights as its files have them."""
+    return load_model(
+        base,
+        quantization=quantizations.make("none").section,
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        attention="sdpa",
+        device="cpu",
+        model_class=usual_class(base.config),
+        reporter=source.reporter,
+    )
+
+
+class _Llama:
+    """A GGUF, loaded by llama.cpp."""
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+
+        self._llama: Any = llama_cpp.Llama(
+            model_path=str(model),
+            lora_path=None if adapter is None else str(adapter),
+            n_ctx=_LONGEST_PROBE,
+            n_batch=_LONGEST_PROBE,
+            logits_all=True,
+            type_k=_F32,
+            type_v=_F32,
+            flash_attn=False,
+            n_gpu_layers=0,
+            n_threads=torch.get_num_threads(),
+            verbose=False,
+        )
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """`[tokens, vocabulary]`."""
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        return torch.from_numpy(self._llama.scores[: len(ids)].copy())
+
+    def read(self, text: str) -> list[int]:
+        """Its own tokens of a text, control tokens read as such."""
+        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
+
+
+def _compare(
+    ours: PreTrainedModel | PeftModel, theirs: _Llama, source: Source, bound: float, *, reads_text: bool
+) -> EngineProof:
+    tokenizer, texts = source.voice.tokenizer, probe_texts(source)
+    ids: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if reads_text:
+        unlike = [text for text, own in zip(texts, ids, strict=True) if theirs.read(text) != own]
+        if unlike:
+            what = f"llama.cpp reads {counted(len(unlike), 'text')} as other tokens, first {unlike[0][:60]!r}"
+            raise NumericsError(what, key="tokenizer", todo="report this tokenizer; use --to peft or --to vllm")
+    pairs = []
+    for row in (row[:_LONGEST_PROBE] for row in ids[:_PROBES]):
+        with torch.no_grad():
+            own = ours(torch.tensor([row]), use_cache=False).logits[0].float()
+        pairs.append((own, theirs.logits(row)[:, : own.shape[1]]))
+    own, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+    proof = EngineProof(
+        "llama.cpp",
+        len(own),
+        float((own - other).abs().max()),
+        logits_distance(own, other),
+        bound,
+        float((own.argmax(-1) == other.argmax(-1)).double().mean()),
+        len(texts) if reads_text else None,
+    )
+    if not proof.distance <= bound:
+        what = f"{proof.describe()}; {bound:.1g} of their spread is what rounding explains"
+        raise NumericsError(what, todo="nothing was kept; please report this model")
+    return proof

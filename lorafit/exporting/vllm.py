@@ -1,0 +1,84 @@
+"""`--to vllm`: the adapter as vLLM reads it, what it would read wrongly mended, and the command that serves it.
+
+vLLM reads r, lora_alpha and use_rslora of adapter_config.json. Patterns of ranks and alphas it drops without a word;
+DoRA and modules_to_save it refuses.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from lorafit.contracts import JsonObject
+from lorafit.errors import ModelError
+from lorafit.exporting.exported import Exported
+from lorafit.exporting.factors import FoldedAdapter
+from lorafit.exporting.peft import base_name, prove_peft, require_provable, write_clean
+from lorafit.exporting.source import Source
+from lorafit.files.atomic import atomic_dir
+from lorafit.files.safetensors import read_index
+from lorafit.model.tokenizer_files import TEMPLATE
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be. Source: vllm.config.lora, MaxLoRARanks."""
+
+
+def export(source: Source, output: Path) -> Exported:
+    """Writes the folder."""
+    require_provable(source)
+    saved = source.require_adapter()
+    adapter = FoldedAdapter(saved, "one", "vLLM")
+    if adapter.rank > _RANKS[-1]:
+        what = f"vLLM takes ranks up to {_RANKS[-1]}, and the adapter's is {adapter.rank}"
+        todo = f"make it smaller with lorafit trim --rank {_RANKS[-1]}, or merge it"
+        raise ModelError(what, file=str(saved.path), todo=todo)
+    with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
+        notes = write_clean(source, folder, _config(source, adapter), adapter.by_name())
+        proof = prove_peft(source, folder) if source.wish.verify else None
+    most = next(rank for rank in _RANKS if rank >= adapter.rank)
+    base = base_name(source) or str(source.base.path)
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(most)]
+    words += ["--lora-modules", f"{source.place.name}={output}"]
+    if (output / TEMPLATE).is_file():
+        words += ["--chat-template", str(output / TEMPLATE)]
+    return Exported("vllm", output, [*_mended(source, adapter), *notes], shlex.join(words), proof)
+
+
+def _config(source: Source, adapter: FoldedAdapter) -> JsonObject:
+    saved, alpha = source.require_adapter(), adapter.alpha
+    entries, own = read_index(source.base.path), set(adapter.paths)
+    ends = {path.rpartition(".")[2] for path in own}
+    alike = {
+        name.removesuffix(".weight") for name in entries if name.removesuffix(".weight").rpartition(".")[2] in ends
+    }
+    return {
+        **saved.config,
+        "r": adapter.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted(ends if alike <= own else own),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "init_lora_weights": True,
+    }
+
+
+def _mended(source: Source, adapter: FoldedAdapter) -> list[str]:
+    """What differs from the trained folder, and what vLLM does that training did not."""
+    config, notes = source.require_adapter().config, []
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        what = f"ranks or scales differ from layer to layer, which vLLM ignores: all have rank {adapter.rank} now"
+        notes.append(f"{what}, filled up with zeros, and their scales are in B")
+    if config.get("use_rslora"):
+        notes.append(f"rsLoRA's scale is in lora_alpha, {adapter.alpha:g}, and B")
+    card = source.card
+    if card is not None and card.quantization.kind != "none":
+        kind = card.quantization.kind
+        what = f"it was trained on the base in {kind}, and vLLM serves it on the weights that the command names"
+        notes.append(f"{what}: answers differ; lorafit merge writes what was trained on")
+    if source.companions.templates:
+        notes.append("the template is the trained one: without --chat-template vLLM takes the base's")
+    return notes
