@@ -94,9 +94,9 @@ def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
 
 _MORE: dict[str, JsonObject] = {
     "gpu": {"callback": _list_cards, "is_eager": True},
-    **{key: {"callback": lambda skips: not skips} for key in ("verify", "scores")},
+    **{key: {"callback": lambda skips: not skips} for key in ("merge.verify", "scores")},
 }
-"""What else typer must know of a flag."""
+"""What else typer must know of a flag, of one command or of all."""
 
 
 def _add_command(name: str, does: str, parameters: str, body: Callable[[Session, Any], None] | None = None) -> None:
@@ -201,6 +201,12 @@ def _compose(session: Session, given: JsonObject) -> None:
     session.result(compose(given.pop("expression", None), **given, reporter=session.reporter))
 
 
+def _export(session: Session, given: JsonObject) -> None:
+    from lorafit.exporting.export import export
+
+    session.result(export(**given, reporter=session.reporter))
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -285,6 +291,12 @@ _add_command(
     "expression adapters output rank method density seed mean weights fit_rows eval_rows scores convert patterns "
     "base_model",
     _compose,
+)
+_add_command(
+    "export",
+    "A trained adapter for PEFT, llama.cpp, Ollama, vLLM or the hub.",
+    "run to output checkpoint base_model base dtype from_base repo private license dry_run verify",
+    _export,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

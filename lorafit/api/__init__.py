@@ -12,7 +12,7 @@ values. Progress goes to stderr; with `quiet=True` only warnings are left, as Py
 from __future__ import annotations
 
 from lorafit.api.recipes import compare, estimate, init, preview, train, validate
-from lorafit.api.runs import classify, compose, evaluate, generate, inspect_adapter, merge, trim
+from lorafit.api.runs import classify, compose, evaluate, export, generate, inspect_adapter, merge, trim
 from lorafit.api.serving import serve
 from lorafit.errors import LorafitError
 
@@ -23,6 +23,7 @@ __all__ = [
     "compose",
     "estimate",
     "evaluate",
+    "export",
     "generate",
     "init",
     "inspect_adapter",

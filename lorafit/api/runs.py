@@ -10,6 +10,7 @@ from lorafit.console.python_calls import Overrides, Rows, StrPath, call
 from lorafit.contracts import JsonMapping
 
 if TYPE_CHECKING:
+    from lorafit.exporting.exported import Exported
     from lorafit.run.answered import Classified, Generated
     from lorafit.run.results import Evaluated, Merged
     from lorafit.run.trained import Trained
@@ -229,3 +230,43 @@ def compose(
     return call(
         compose, {name: value for name, value in locals().items() if name != "compose"}, required=("adapters", "output")
     )
+
+
+def export(
+    run: StrPath | Trained,
+    *,
+    to: str,
+    output: StrPath | None = None,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    from_base: str | None = None,
+    repo: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+    dry_run: bool = False,
+    verify: bool = False,
+    quiet: bool = False,
+) -> Exported:
+    """Writes a trained adapter in the form that another program reads. `exported.output` is the file or folder.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a whole model for gguf and ollama.
+        to: `peft`, `gguf`, `gguf-lora`, `ollama`, `vllm` or `hub`.
+        output: The file or folder instead of one beside the run.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        base: gguf, ollama: `dequantized` or `original`, as for `merge`.
+        dtype: gguf, ollama: `f32`, `f16`, `bf16` or `q8_0` for matrices; f16 where None.
+        from_base: ollama: put the adapter on this model of Ollama's or GGUF file, and merge nothing.
+        repo: hub: where to push to, with the token in HF_TOKEN.
+        private: hub: make the repository private, where it is made.
+        license: hub: the adapter's licence.
+        dry_run: hub: write the folder and send nothing.
+        verify: Compare logits of the target's engine with lorafit's.
+        quiet: No progress.
+    """
+    from lorafit.exporting.export import export
+
+    return call(export, {name: value for name, value in locals().items() if name != "export"}, required=("to",))

@@ -121,6 +121,11 @@ ARGUMENTS = {
     "checkpoint": Argument('"best", "last" or a step', (str, int)),
     "split": Argument('"test", "validation" or "train"', (str,)),
     "base": Argument('"dequantized" or "original"', (str,)),
+    "to": Argument("the name of a target", (str,)),
+    "dtype": Argument('"f32", "f16", "bf16" or "q8_0"', (str,)),
+    "from_base": Argument("a model of Ollama's, or a GGUF file", (str,)),
+    "repo": Argument("a repository, OWNER/NAME", (str,)),
+    "license": Argument("the hub's name of a licence", (str,)),
     "gpu": _CARD,
     "fit": _CARD,
     "prompt": Argument("a text", (str,)),
@@ -129,12 +134,12 @@ ARGUMENTS = {
     "test_file": _PATH,
     "columns": Argument('columns by field, {"question": "Frage"}', (str, Mapping)),
     **dict.fromkeys(("task", "adapter", "quantization"), Argument("the name of a kind", (str,))),
-    **dict.fromkeys((*_SWITCHES, *_FLAGS_ALONE), Argument("True or False", (bool,))),
+    **dict.fromkeys((*_SWITCHES, *_FLAGS_ALONE, "private"), Argument("True or False", (bool,))),
 }
 FLAGS = {
     "overrides": "--set",
     "plan_file": "--plan",
-    "verify": "--no-verify",
+    "merge.verify": "--no-verify",
     "input_file": "--input",
     "show": "--rows",
     "test_file": "--test",
@@ -144,7 +149,7 @@ FLAGS = {
     "eval_rows": "--eval",
     "scores": "--no-eval",
 }
-"""Flags that are not called as their parameter."""
+"""Flags that are not called as their parameter, of one command or of all."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")
 _NEVER_LEFT_OUT = {
     "recipe",

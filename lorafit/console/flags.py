@@ -42,7 +42,18 @@ _HELP = {
     "merge.run": ("RUN_OR_ADAPTER", "A run folder, or an adapter folder."),
     "merge.output": ("DIR", "Where the merged model goes."),
     "base": ("dequantized|original", "Weights to merge into; what was trained on if left out."),
-    "verify": ("", "Skip the check of what was written."),
+    "merge.verify": ("", "Skip the check of what was written."),
+    "export.run": ("RUN_OR_ADAPTER", "A run folder, an adapter folder, or a whole model for gguf and ollama."),
+    "to": ("TARGET", "peft, gguf, gguf-lora, ollama, vllm or hub."),
+    "export.output": ("PATH", "File (gguf, gguf-lora) or folder instead of one beside the run."),
+    "export.base": ("dequantized|original", "gguf, ollama: weights to merge into; what was trained on if left out."),
+    "dtype": ("f32|f16|bf16|q8_0", "gguf, ollama: of the matrices; f16 if left out."),
+    "from_base": ("MODEL", "ollama: put the adapter on this model of Ollama's or GGUF file, and merge nothing."),
+    "repo": ("OWNER/NAME", "hub: where to push to, with the token in HF_TOKEN."),
+    "private": ("", "hub: make the repository private, where it is made."),
+    "license": ("NAME", "hub: the adapter's licence, e.g. apache-2.0."),
+    "export.dry_run": ("", "hub: write the folder and send nothing."),
+    "export.verify": ("", "Compare logits of the target's engine with lorafit's: llama.cpp's, or PEFT's."),
     "generate.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a model folder."),
     "generate.prompt": ("TEXT", "One prompt."),
     "generate.input_file": ("FILE", "A file of prompts: txt, one a line, or training's rows."),
@@ -153,7 +164,7 @@ _DEFAULTS = {
     "inspect_adapter.limit": 12,
     "method": "sum",
 }
-_REQUIRED = ("merge.output", "trim.rank", "compose.output", "compose.adapters")
+_REQUIRED = ("merge.output", "trim.rank", "compose.output", "compose.adapters", "export.to")
 _SEVERAL = ("overrides", "gpu", "over", "recipes", "adapters")
 _POSITIONAL = ("recipe", "run", "recipes", "data", "expression")
 
@@ -173,7 +184,9 @@ def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspe
     if os.PathLike in argument.types and name != "base_model":
         kind = Path
     kind = list[str] if name in _SEVERAL else kind
-    flag, rest = FLAGS.get(name, f"--{name.replace('_', '-')}"), more.get(name, {})
+    own = f"{command}.{name}"
+    flag = FLAGS.get(own) or FLAGS.get(name, f"--{name.replace('_', '-')}")
+    rest = more.get(own) or more.get(name, {})
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **rest)
     if name in _POSITIONAL:
         option = typer.Argument(metavar=metavar, readable=name == "run", help=text)

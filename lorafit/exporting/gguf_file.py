@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lorafit.contracts import Reporter
-from lorafit.errors import ModelError, NumericsError
+from lorafit.errors import NumericsError, UsageError
 from lorafit.exporting.architectures import turn_heads
 from lorafit.files.safetensors import TensorEntry, read_rows, row_blocks
 
@@ -150,8 +150,8 @@ def _is_within(back: torch.Tensor, exact: torch.Tensor, kind: str) -> bool:
 
 
 def require_type(text: str | None) -> DataType:
-    """A type of matrices by its name; f16 where none is named. Raises ModelError for another name."""
+    """A type of matrices by its name; f16 where none is named. Raises UsageError for another name."""
     for known in DATA_TYPES:
         if text in (None, known):
             return "f16" if text is None else known
-    raise ModelError(f"'{text}' is no type of a GGUF's weights", key="--dtype", todo=f"use {', '.join(DATA_TYPES)}")
+    raise UsageError(f"'{text}' is no type of a GGUF's weights", key="--dtype", todo=f"use {', '.join(DATA_TYPES)}")

@@ -80,10 +80,10 @@ class TurnTemplate:
     def write(self) -> str:
         """Go's text, on one line: every literal stands in quotes, so that no blank is anybody's to trim."""
         parts = ["{{ range $i, $m := .Messages }}"]
-        if self.system_start == self.start:
+        if self.system_start in (None, self.start):
             parts += ["{{ if eq $i 0 }}", _literal(self.start), "{{ end }}"] if self.start else []
         else:
-            parts += ['{{ if eq $i 0 }}{{ if eq .Role "system" }}', _literal(self.system_start or "")]
+            parts += ['{{ if eq $i 0 }}{{ if eq .Role "system" }}', _literal(str(self.system_start))]
             parts += ["{{ else }}", _literal(self.start), "{{ end }}{{ end }}"]
         for role, front in self.fronts.items():
             if role != "system" or self.system_start is not None:

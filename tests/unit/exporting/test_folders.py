@@ -1,0 +1,298 @@
+"""What goes to PEFT, vLLM, Ollama and the hub: opened by plain PEFT, no place of this machine, one commit, a card that
+the hub's library reads; and what each target refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lorafit
+from lorafit.errors import LorafitError, ModelError, ResourceError, UsageError
+from lorafit.exporting.export import export
+from lorafit.kinds.adapters import adapters
+from lorafit.model.adapter import save_adapter
+from lorafit.model.attach import attach_adapter
+from tests.support.adapted import load, logits, open_base, randomise
+from tests.support.pretended_hub import Handler, Hub, pretended_hub
+from tests.support.tiny_model import make_base
+from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
+
+FORMS = [
+    ("lora", {}),
+    ("rslora", {"r": 4}),
+    ("rslora", {}),
+    ("lora", {"ranks": {"q_proj": 2, "down_proj": 9}}),
+    ("rslora", {"ranks": [2, 5]}),
+    ("lora", {"layers": {"last": 1}}),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    make_base(folder / "base")
+    recipe = make_recipe(folder, evaluation={"final": ["perplexity"]})
+    write_rows(folder / "test.jsonl", make_rows(12, first=200))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
+        lorafit.train(recipe, quiet=True)
+        lorafit.evaluate(folder / "run", quiet=True)
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def adapted(folder: Path, kind: str = "lora", **fields: Any) -> tuple[Any, Path]:
+    base = open_base(make_base(folder / "base"))
+    section = {"r": 6, "alpha": 9, "dropout": 0.0} | fields
+    model = attach_adapter(load(base), adapters.make_section(kind, **section), 0)
+    randomise(model)
+    (folder / "adapter").mkdir()
+    save_adapter(model, folder / "adapter", base=base)
+    return model, folder / "adapter"
+
+
+def opened(base: Path, folder: Path) -> Any:
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return PeftModel.from_pretrained(plain, folder)
+
+
+@pytest.mark.parametrize(("kind", "fields"), FORMS)
+def test_vllm_gets_one_rank_one_scale_and_the_same_update(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    """vLLM computes lora_alpha / r for every layer, and reads neither patterns nor anything it does not know."""
+    model, adapter = adapted(tmp_path, kind, **fields)
+    found = export(adapter, to="vllm", output=tmp_path / "v")
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "v" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {config["r"]}
+    assert not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
+    assert isinstance(config["lora_alpha"], int)
+    for path, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            a, b = (tensors[f"{path}.lora_{part}.weight"].double() for part in "AB")
+            update = config["lora_alpha"] / config["r"] * (b @ a)
+            torch.testing.assert_close(update, layer.get_delta_weight("default").double(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(logits(opened(tmp_path / "base", tmp_path / "v")), logits(model), rtol=1e-4, atol=1e-5)
+    said = " ".join(found.notes)
+    assert ("ranks or scales differ" in said) == ("ranks" in fields) and ("rsLoRA" in said) == (kind == "rslora")
+    assert f"--max-lora-rank {16 if config['r'] > 8 else 8}" in str(found.command)
+
+
+def test_ranks_beyond_vllms_and_what_it_refuses(tmp_path: Path) -> None:
+    _, adapter = adapted(tmp_path, r=600)
+    with pytest.raises(ModelError, match="takes ranks up to 512, and the adapter's is 600; make it smaller"):
+        export(adapter, to="vllm", output=tmp_path / "v")
+    (tmp_path / "two").mkdir()
+    _, adapter = adapted(tmp_path / "two", "dora")
+    with pytest.raises(ModelError, match="vLLM cannot hold this adapter: the update of dora is no product"):
+        export(adapter, to="vllm", output=tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_folder_for_peft_holds_nothing_of_this_machine(run: Path, tmp_path: Path) -> None:
+    found = lorafit.export(run, to="peft", output=tmp_path / "p", verify=True, quiet=True)
+    names = {file.name for file in (tmp_path / "p").iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    for file in (tmp_path / "p").iterdir():
+        assert str(run.parent).encode() not in file.read_bytes()
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None and "has no hub id" in found.notes[0]
+    assert found.proof is not None and found.proof.distance < 1e-6 and "PEFT beside lorafit" in str(found)
+    assert found.to_json()["files"]["chat_template.jinja"] > 0
+
+
+def test_a_wrong_folder_is_seen_by_verify(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.exporting import peft
+
+    def scaled(*arguments: Any, **options: Any) -> list[str]:
+        notes = written(*arguments, **options)
+        file = arguments[1] / "adapter_model.safetensors"
+        save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+        return notes
+
+    written = peft.write_clean
+    monkeypatch.setattr(peft, "write_clean", scaled)
+    with pytest.raises(LorafitError, match="PEFT beside lorafit") as caught:
+        export(run, to="peft", output=tmp_path / "p", verify=True)
+    assert caught.value.exit_code == 9 and not (tmp_path / "p").exists()
+
+
+def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path) -> None:
+    found = export(run, to="ollama", output=tmp_path / "o")
+    text = (tmp_path / "o" / "Modelfile").read_text()
+    assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range $i, $m := .Messages }}')
+    assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 256" in text
+    assert (
+        tmp_path / "o" / "model.gguf"
+    ).stat().st_size > 200_000 and "compared with the trained one on 20" in found.notes[0]
+    export(run, to="ollama", output=tmp_path / "b", from_base="smollm2:135m")
+    assert (tmp_path / "b" / "Modelfile").read_text().startswith("FROM smollm2:135m\nADAPTER ./adapter.gguf\n")
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["Modelfile", "adapter.gguf"]
+
+
+class Receiver(Handler):
+    """A hub that takes commits: the requests of a push."""
+
+    refuses = False
+
+    def answer(self) -> None:
+        if self.command != "POST":
+            super().answer()
+            return
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests.append(f"{self.command} {self.path}")
+        assert self.headers["Authorization"] == "Bearer secret"
+        if self.path == "/api/repos/create":
+            if self.refuses:
+                self.reply(403, b'{"error":"You have no right to write"}', Content_Type="application/json")
+                return
+            self.reply_json({"url": f"{self.hub.endpoint}/me/shop", "id": "me/shop"})
+        elif "/preupload/" in self.path:
+            files = json.loads(self.body)["files"]
+            told = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            self.reply_json({"files": told, "commitOid": "0" * 40})
+        elif "/commit/" in self.path:
+            pushed = [json.loads(line) for line in self.body.splitlines()]
+            self.hub.add("models/me/shop", {p["value"]["path"]: b"" for p in pushed if p["key"] == "file"})
+            url = f"{self.hub.endpoint}/me/shop/commit/1"
+            self.reply_json({"commitUrl": url, "commitOid": "1" * 40, "success": True})
+        elif self.path == "/api/validate-yaml":
+            assert "library_name: peft" in json.loads(self.body)["content"]
+            self.reply_json({"errors": [], "warnings": []})
+        else:
+            self.reply(404)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr("tests.support.pretended_hub.Handler", Receiver)
+    with pretended_hub() as made:
+        monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        yield made
+
+
+def test_the_hub_gets_one_commit_with_card_and_adapter(run: Path, tmp_path: Path, hub: Hub) -> None:
+    found = export(run, to="hub", repo="me/shop", license="apache-2.0")
+    assert found.output is None and str(found.url).endswith("/me/shop/commit/1") and "pushed to" in str(found)
+    commits = [request for request in hub.requests if "/commit/" in request]
+    assert len(commits) == 1 and not (run.parent / "run-hub").exists()
+    (files,) = hub.repos["models/me/shop"].commits.values()
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files.keys()
+
+
+def test_a_hub_that_refuses_is_one_sentence(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Receiver, "refuses", True)
+    with pytest.raises(ModelError, match=r"the hub took nothing: status 403") as caught:
+        export(run, to="hub", repo="me/shop")
+    assert "HF_TOKEN may write there" in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_the_card_is_what_the_hubs_library_reads(run: Path, tmp_path: Path) -> None:
+    found = export(run, to="hub", repo="me/shop", license="apache-2.0", dry_run=True, output=tmp_path / "h")
+    assert found.url is None and "nothing was sent" in found.notes[-1]
+    card = ModelCard.load(tmp_path / "h" / "README.md")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "apache-2.0")
+    assert data.base_model is None and "lora" in data.tags and data.datasets is None
+    (figure,) = data.eval_results
+    report = json.loads((run / "report.json").read_text())["metrics"]["perplexity"]
+    assert figure.metric_value == pytest.approx(report["tuned"])
+    assert figure.metric_args["interval_95"] == pytest.approx([report["tuned_low"], report["tuned_high"]])
+    assert str(run.parent) not in card.content and "`train.jsonl`" in card.content
+    assert json.loads((run / "manifest.json").read_text())["data"] in card.content
+    assert "What carried loss: every answer of the assistant" in card.content and "## Limits" in card.content
+
+
+def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
+    _, adapter = adapted(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "lorafit.json").unlink()  # another tool's: adapter_config.json alone says what the base is
+    place = {"output": tmp_path / "h", "base_model": str(tmp_path / "base")}
+    found = export(adapter, to="hub", repo="me/x", dry_run=True, **place)
+    data = ModelCard.load(tmp_path / "h" / "README.md").data
+    assert data.base_model == "org/base" and "base_model:adapter:org/base" in data.tags
+    assert data.to_dict()["base_model_relation"] == "adapter" and "no licence" in " ".join(found.notes)
+
+
+WRONG: list[tuple[dict[str, Any], str, int]] = [
+    ({"to": "gguff"}, "'gguff' is no target; did you mean gguf?", 2),
+    ({"to": "peft", "dtype": "f16"}, "--dtype: is of --to gguf and ollama; leave it out", 2),
+    ({"to": "gguf", "repo": "a/b"}, "--repo: is of --to hub", 2),
+    ({"to": "gguf", "dtype": "q4"}, "'q4' is no type of a GGUF's weights; use f32, f16, bf16, q8_0", 2),
+    ({"to": "ollama", "from_base": "x", "dtype": "f16"}, "--dtype: is of a merge, and --from-base merges nothing", 2),
+    ({"to": "gguf", "base": "new"}, "'new' is no base", 2),
+    ({"to": "gguf", "base": "dequantized"}, "the run's base was not quantised", 5),
+    ({"to": "hub"}, "--repo: --to hub needs a repository; name it OWNER/NAME", 2),
+    ({"to": "hub", "repo": "no-owner"}, "needs a repository", 2),
+    ({"to": "hub", "repo": "a/b"}, "no token is in the environment (HF_TOKEN)", 2),
+    ({"to": "peft", "checkpoint": "7"}, "no such checkpoint; there are steps 2, 4", 6),
+    ({"to": "peft", "run": "nothing-here"}, "no such file or folder", 2),
+]
+
+
+@pytest.mark.parametrize(("given", "message", "code"), WRONG)
+def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, given: dict[str, Any], message: str, code: int) -> None:
+    named = {"output": tmp_path / "out", **given}
+    with pytest.raises(LorafitError, match=re.escape(message)) as caught:
+        export(Path(named.pop("run", run)), **named)
+    assert caught.value.exit_code == code and not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_an_output_is_never_written_over(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for to, place in [("peft", "full"), ("gguf", "file"), ("vllm", "file")]:
+        with pytest.raises(UsageError, match="exists already"):
+            export(run, to=to, output=tmp_path / place)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="is a folder, and this target is one file"):
+        export(run, to="gguf", output=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert export(run, to="peft", output=tmp_path / "empty").files["adapter_config.json"] > 0
+
+
+def test_a_full_disk_and_a_stop_leave_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from lorafit.exporting import gguf_lora
+
+    for error, expected in ((OSError(errno.ENOSPC, "full"), ResourceError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def fails(file: Path, *rest: Any, error: BaseException = error) -> None:
+            file.write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(gguf_lora, "write_gguf", fails)
+        with pytest.raises(expected):
+            export(run, to="gguf-lora", output=tmp_path / "a.gguf")
+        assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_verify_says_how_to_get_llama_cpp(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for to in ("gguf", "gguf-lora", "ollama"):
+        with pytest.raises(UsageError, match="which is not installed; pip install llama-cpp-python"):
+            export(run, to=to, verify=True, output=tmp_path / "out")
