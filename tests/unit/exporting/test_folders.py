@@ -193,10 +193,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_the_hub_gets_one_commit_with_card_and_adapter(run: Path, tmp_path: Path, hub: Hub) -> None:
+    (run.parent / "run-hub").mkdir()
+    (run.parent / "run-hub" / "of a dry run").touch()
     found = export(run, to="hub", repo="me/shop", license="apache-2.0")
     assert found.output is None and str(found.url).endswith("/me/shop/commit/1") and "pushed to" in str(found)
     commits = [request for request in hub.requests if "/commit/" in request]
-    assert len(commits) == 1 and not (run.parent / "run-hub").exists()
+    assert len(commits) == 1 and [*(run.parent / "run-hub").iterdir()] == [run.parent / "run-hub" / "of a dry run"]
     (files,) = hub.repos["models/me/shop"].commits.values()
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files.keys()
 
