@@ -244,9 +244,7 @@ class BatchedEngine:
             raise UsageError(f"no adapter is called '{name}'", todo=f"loaded: {known}")
 
     def _virtual_tokens(self, adapter: str | None) -> int:
-        mode = self._adapters.mode(adapter)
-        config = None if mode is None else self.engine.model.peft_config[mode]
-        return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+        return self.engine.virtual_tokens(self._adapters.mode(adapter))
 
     def _batches(self) -> list[LiveBatch]:
         return [*self._lone, *self._shared.values()]

@@ -23,7 +23,7 @@ from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
 from lorafit.errors import ModelError, UsageError
-from lorafit.model.adapter import AdapterFolder, read_adapter
+from lorafit.model.adapter import ADAPTER_NAME, AdapterFolder, read_adapter
 from lorafit.model.attach import check_adapter, open_adapter
 from lorafit.model.base import Base
 from lorafit.model.detach import drop_adapter
@@ -69,11 +69,14 @@ class Engine:
         self._quantization = quantization
         self._reader = reader
         self.folders: dict[str, Path] = {}
+        self._peft_names: dict[str, str] = {}
+        self._added = 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters, in the order in which they were added."""
-        return tuple(getattr(self.model, "peft_config", {}))
+        ours = {theirs: name for name, theirs in self._peft_names.items()}
+        return tuple(ours.get(theirs, theirs) for theirs in getattr(self.model, "peft_config", {}))
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +100,12 @@ class Engine:
             raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
         if self.adapters:
             self._check_quantization(read_adapter(folder))
-        self.model = open_adapter(self.model, folder, name=name, base=self._base, reporter=reporter or Silent())
-        self.folders[name] = folder
+        within = name
+        if name != ADAPTER_NAME:  # PEFT takes no name with a dot, and stumbles over parts of its own, `a` or `weight`
+            self._added += 1
+            within = f"adapter-{self._added}"
+        self.model = open_adapter(self.model, folder, name=within, base=self._base, reporter=reporter or Silent())
+        self.folders[name], self._peft_names[name] = folder, within
 
     def check_adapter(self, folder: Path, reporter: Reporter) -> AdapterFolder:
         """An adapter on disk that belongs on this base, nothing loaded.
@@ -124,7 +131,12 @@ class Engine:
         """
         self._require(name)
         self.folders.pop(name, None)
-        self.model = drop_adapter(cast("PeftModel", self.model), name)
+        self.model = drop_adapter(cast("PeftModel", self.model), self._peft_names.pop(name, name))
+
+    def virtual_tokens(self, adapter: str | None) -> int:
+        """Positions that an adapter of learned prompts takes before every prompt; 0 of all others."""
+        config = getattr(self.model, "peft_config", {}).get(self._peft_names.get(adapter or "", adapter))
+        return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
@@ -141,7 +153,7 @@ class Engine:
             with adapter_off(self.model):
                 yield
         else:
-            with _active(self.model, adapter):
+            with _active(self.model, self._peft_names.get(adapter, adapter)):
                 yield
 
     def _require(self, adapter: str) -> None:

@@ -100,7 +100,7 @@ class LiveAdapters:
         self.model.eval()
         try:
             self._sharing[name] = self._try([name] * 3)
-        except ModelError:
+        except BaseException:  # also of memory that ran out: nobody would ever take it off again
             self._engine.remove_adapter(name)
             raise
 

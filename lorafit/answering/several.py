@@ -1,3 +1,5 @@
+"""A base and the adapters that stand over it, found, checked against it and named before any weight is loaded."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "chat_template.jinja"
 _RUNS_ADAPTER = "adapter"
+BASE = "base"
+"""What a base is called where an adapter has its name."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Opened:
 
     Attributes:
         base: The base.
-        name: What it is called.
+        name: What it is called: as it was trained on, or `base` where an adapter is called so.
         voice: How the base is asked.
         first: Says how the base is loaded: as for the first adapter.
         adapters: By name.
@@ -75,6 +79,7 @@ def open_several(
         adapters[name] = open_on_base(folder, found, tokenizers_of(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
     called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
+    called = BASE if called in adapters else called
     return Opened(found, called, plain.voice, next(iter(adapters.values()), plain), adapters)
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorafit.answering.several import Opened
     from lorafit.chatting.session import Said, Speaker
 
-BASE = "base"
-
 
 @dataclass(frozen=True)
 class Chatted(Printed):
@@ -74,7 +72,7 @@ def chat(
         raise UsageError("a chat on a terminal prints no JSON", key="--json", todo="pipe messages in, or use /save")
     reporter = reporter or Silent()
     from lorafit.answering.sampling import Sampling
-    from lorafit.answering.several import open_several
+    from lorafit.answering.several import BASE, open_several
     from lorafit.chatting.screens import Pipe, Terminal, greeting, talk
     from lorafit.chatting.session import Chat
 
@@ -100,14 +98,13 @@ def chat(
 
 def _load(opened: Opened, reporter: Reporter) -> tuple[Engine, dict[str, Speaker]]:
     """The base with every adapter, and who can answer, by name: the base comes last."""
-    from lorafit.answering.several import check_vocabulary
+    from lorafit.answering.several import BASE, check_vocabulary
     from lorafit.chatting.session import Speaker
 
     engine, speakers = opened.first.load_base(), dict[str, Speaker]()
-    for number, (name, answerer) in enumerate(opened.adapters.items()):
+    for name, answerer in opened.adapters.items():
         assert answerer.folder is not None, "whole models are refused"
         check_vocabulary(answerer.voice.tokenizer, engine.tokenizer, str(answerer.folder))
-        within = f"speaker-{number}"  # PEFT takes no name with a dot, nor one that is a part of `lora_`
-        engine.add_adapter(within, answerer.folder, reporter)
-        speakers[name] = Speaker(name, within, answerer.voice)
+        engine.add_adapter(name, answerer.folder, reporter)
+        speakers[name] = Speaker(name, name, answerer.voice)
     return engine, {**speakers, BASE: Speaker(BASE, None, opened.voice)}

@@ -552,6 +552,17 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
     assert world.loaded == []
 
 
+def test_a_base_gives_way_to_an_adapter_of_its_name(world: World) -> None:
+    from lorafit.contracts import Silent
+    from lorafit.serving.catalog import open_served
+
+    shutil.copytree(world.base, world.root / "shop")
+    peft = foreign_adapter(world.root / "peft", world.base)
+    for called, expected in (("shop", "base"), ("law", "shop")):
+        opened = open_served(str(world.root / "shop"), {called: peft}, None, None, None, Silent())
+        assert (opened.name, list(opened.adapters)) == (expected, [called])
+
+
 def test_without_the_extra_one_sentence_says_how_to_get_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

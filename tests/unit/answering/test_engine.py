@@ -92,6 +92,7 @@ def test_a_sampled_answer_does_not_depend_on_the_requests_beside_it(engine: Engi
 def test_the_model_is_peft_s_with_that_adapter_and_flags_stay(
     engine: Engine, folders: dict[str, Path], tokenizer: Any, name: str | None
 ) -> None:
+    before = engine.model.active_adapter
     flags = [parameter.requires_grad for parameter in engine.model.parameters()]
     ids = tokenizer("the sky is blue")["input_ids"]
     lone: Any = build_llama() if name is None else PeftModel.from_pretrained(build_llama(), folders[name])
@@ -99,7 +100,7 @@ def test_the_model_is_peft_s_with_that_adapter_and_flags_stay(
         own = engine.model(input_ids=torch.tensor([ids])).logits
         torch.testing.assert_close(own, lone.eval()(torch.tensor([ids])).logits)
     assert [parameter.requires_grad for parameter in engine.model.parameters()] == flags
-    assert engine.model.active_adapter == "law"
+    assert engine.model.active_adapter == before
 
 
 @pytest.mark.parametrize("text", PROMPTS)
@@ -175,3 +176,17 @@ def test_an_adapter_that_would_be_another_here_is_refused(engine: Engine, folder
     with pytest.raises(ModelError, match="in nf4, and this one is loaded in none"):
         engine.add_adapter("third", folders["code"])
     assert engine.adapters == ("law", "code")
+
+
+@pytest.mark.parametrize("name", ["a.b", "a", "weight", "keys"])
+def test_users_call_adapters_as_they_like(
+    engine: Engine, folders: dict[str, Path], tokenizer: Any, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PEFT takes no name with a dot, warns of parts of `lora_`, and fails on names that its modules have."""
+    engine.add_adapter(name, folders["code"])
+    assert engine.adapters == ("law", "code", name)
+    ids = tokenizer("the sky is blue")["input_ids"]
+    named, plain = engine.answer([Request(ids, one, SHORT) for one in (name, "code")])
+    assert named.text == plain.text
+    engine.remove_adapter(name)
+    assert engine.adapters == ("law", "code") and not recwarn.list

@@ -48,8 +48,8 @@ def chat_adapters(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def chat_engine(chat_tokenizer: Any, chat_adapters: dict[str, Path]) -> Engine:
     engine = Engine(build(chat_tokenizer), chat_tokenizer)
-    for number, folder in enumerate(chat_adapters.values()):
-        engine.add_adapter(f"speaker-{number}", folder)
+    for name, folder in chat_adapters.items():
+        engine.add_adapter(name, folder)
     return engine
 
 
@@ -59,7 +59,7 @@ def make_chat(chat_tokenizer: Any, chat_engine: Engine) -> MakeChat:
         voice = Voice.of_tokenizer(chat_tokenizer, system_prompt=system_prompt)
         if verbatim:
             voice = Voice(chat_tokenizer, None)
-        known = {"law": "speaker-0", "code": "speaker-1", "base": None}
+        known = {"law": "law", "code": "code", "base": None}
         speakers = {name: Speaker(name, adapter, voice) for name, adapter in known.items()}
         return Chat(chat_engine, speakers, "law", Sampling(**{"max_new_tokens": 16, "min_new_tokens": 3, **sampling}))
 
