@@ -142,7 +142,7 @@ class Boft(AtLinears[BoftSection]):
 
     starts_as_base: ClassVar[bool] = False  # a bias is taken off and added again
     peft_type: ClassVar[str] = "BOFT"
-    usual_rate: ClassVar[float] = 5.0
+    usual_rate: ClassVar[float] = 0.3  # as OFT's
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         key: SavedField(int, "a whole number", needed=True)
         for key in ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor")

@@ -38,7 +38,7 @@ class OftSection(LinearsSection):
     """Rotations of the inputs of frozen linears, block by block."""
 
     kind: Literal["oft"] = "oft"
-    """OFT; it wants a larger learning rate than LoRA, e.g. 1e-3."""
+    """OFT; it wants a smaller learning rate than LoRA, e.g. 1e-4."""
     block_size: int = Field(default=32, ge=2, le=1024)
     """Inputs that one rotation turns; must divide the inputs of every target."""
     cayley: Literal["exact", "neumann"] = "exact"
@@ -90,7 +90,7 @@ class Oft(AtLinears[OftSection]):
     """PEFT's OFT; of a stranger's, shared blocks, constrained ones and other series are opened, and not merged."""
 
     peft_type: ClassVar[str] = "OFT"
-    usual_rate: ClassVar[float] = 5.0
+    usual_rate: ClassVar[float] = 0.3  # Source: docs/compare.md, "Nine methods on one base"
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "oft_block_size": SavedField(int, "a whole number", needed=True),
         "r": SavedField(int, "a whole number"),
