@@ -249,7 +249,7 @@ class _Scoring:
                 errors = trimming.write(rank, Path(folder))
                 self._engine.add_adapter(name, Path(folder), self._reporter)
             smaller = self._score(name, f"rank {rank}")
-            self._engine.model.delete_adapter(name)
+            self._engine.remove_adapter(name)
             yield Tried(rank, tuple(errors), compare("loss", loss, whole, smaller, seed=self._seed)[0])
 
     def _score(self, adapter: str, what: str) -> list[RowScore]:

@@ -35,7 +35,7 @@ def test_help(world: World, command: str) -> None:
     for part in ("Usage:", command, *COMMON_FLAGS):
         assert part in outcome.stdout
     assert "function" not in outcome.stdout
-    assert "<" not in re.sub(r"<(path|list\[str\])>", "", outcome.stdout).split("Options")[0]
+    assert "<" not in re.sub(r"<(path|str|list\[str\])>", "", outcome.stdout).split("Options")[0]
     assert world.run(command, "-h").stdout == outcome.stdout
 
 

@@ -120,6 +120,7 @@ def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) ->
         "data": "rows.jsonl",
         "rank": 2,
         "adapters": {"a": "no-run"},
+        "to": "peft",
     }
     parameters = inspect.signature(function).parameters
     needed = {name: fine[name] for name, known in parameters.items() if known.default is inspect.Parameter.empty}
