@@ -18,6 +18,7 @@ import torch
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
+from lorafit.kinds.folding import why_unknown
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.low_rank import PREFIX, LowRankLayer, read_low_rank
 
@@ -61,9 +62,14 @@ class FoldedAdapter:
         try:
             self._layers = read_low_rank(saved)
         except ModelError as error:
-            raise ModelError(
-                f"{target} cannot hold this adapter: {error.what}", file=str(saved.path), todo=merged
-            ) from error
+            why = why_unknown(error)
+            todo = (
+                f"{merged}; or make plain LoRA of it with lorafit compose"
+                if why is None
+                else "answer with it beside its base: --to peft"
+            )
+            what = f"{target} cannot hold this adapter: {why or error.what}"
+            raise ModelError(what, file=str(saved.path), todo=todo) from error
         extra = [name for name in saved.tensors if not name.endswith(_FACTOR_NAMES)]
         if extra:
             what = (
@@ -107,4 +113,5 @@ class FoldedAdapter:
 
 def _kinds(config: JsonMapping) -> str:
     named = [key for key in ("modules_to_save", "trainable_token_indices", "lora_bias") if config.get(key)]
+    named += ["bias"] if config.get("bias", "none") != "none" else []
     return ", ".join(named) or "layers that are no linears"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def export(source: Source, output: Path) -> Exported:
     with merged(source, output) as model, atomic_file(output) as file:
         proof = write_model(source, model, file, data_type)
     notes = [f"weights in {data_type}; vectors in f32; chat template and tokenizer are in the file"]
-    return Exported("gguf", output, notes, f"llama-server -m {output}", proof)
+    return Exported("gguf", output, notes, shlex.join(["llama-server", "-m", str(output)]), proof)
 
 
 def check(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ def export(source: Source, output: Path) -> Exported:
     with atomic_file(output) as file:
         notes = write_adapter(source, file)
         proof = prove(source, file) if source.wish.verify else None
-    return Exported("gguf-lora", output, notes, f"llama-server -m BASE.gguf --lora {output}", proof)
+    command = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(output)])
+    return Exported("gguf-lora", output, notes, command, proof)
 
 
 def write_adapter(source: Source, file: Path) -> list[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonObject
-from lorafit.data.sources.hub import is_hub_id
+from lorafit.data.sources.source import is_local
 from lorafit.exporting.peft import base_name
 from lorafit.exporting.source import Source
-from lorafit.facts import SEQ2SEQ_CLASS
+from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
 from lorafit.files.atomic import read_object
 from lorafit.machine.version import __version__
 from lorafit.model.low_rank import method_of
@@ -60,7 +60,7 @@ def write_card(source: Source, folder: Path, repo: str) -> list[str]:
     parts = [f"# {repo.partition('/')[2]}", _what(source, base)]
     if source.opened is not None:
         parts += [_training(source, source.opened.loaded.recipe), _rows(source, source.opened.loaded.recipe)]
-    parts += [_evaluation(report), _use(repo, base), _limits(source, report)]
+    parts += [_evaluation(report), _use(repo, base, source), _limits(source, report)]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
     notes = []
@@ -88,8 +88,7 @@ def _hub_datasets(source: Source) -> list[str]:
     if source.opened is None:
         return []
     loaded = source.opened.loaded
-    paths = [one.path for one in loaded.recipe.data.train]
-    return [path for path in paths if is_hub_id(path) and not loaded.path(path).exists()]
+    return [one.path for one in loaded.recipe.data.train if not is_local(one.path, loaded.folder)]
 
 
 def _figures(report: JsonObject, pipeline: str, source: Source) -> list[EvalResult]:
@@ -150,7 +149,8 @@ def _rows(source: Source, recipe: Recipe) -> str:
     opened = source.opened
     assert opened is not None
     digest = str(read_object(opened.run.manifest).get("data") or "")
-    names = [Path(one.path).name if not is_hub_id(one.path) else one.path for one in recipe.data.train]
+    folder = opened.loaded.folder
+    names = [Path(one.path).name if is_local(one.path, folder) else one.path for one in recipe.data.train]
     lines = ["## Rows", "", f"Trained on {', '.join(f'`{name}`' for name in names)}; SHA-256 of all rows `{digest}`."]
     if opened.run.data.is_file():
         train = read_object(opened.run.data)["splits"]["train"]
@@ -188,15 +188,23 @@ def _span(found: JsonObject, which: str) -> str:
     return f"{found[f'{which}low']:.4g} to {found[f'{which}high']:.4g}"
 
 
-def _use(repo: str, base: str | None) -> str:
-    model = base or "the folder of its base"
-    return (
-        "## Use\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model}")\n'
-        f'model = PeftModel.from_pretrained(model, "{repo}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```'
-    )
+def _use(repo: str, base: str | None, source: Source) -> str:
+    card, words = source.card, "AutoTokenizer"
+    model_class = ModelClass() if card is None else card.model_class
+    if model_class.auto_class == "AutoModelForImageTextToText":
+        words = "AutoProcessor"
+    named = base or "the folder of its base"
+    given = [f'"{named}"', *(f"{key}={value!r}" for key, value in model_class.config.items())]
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {model_class.auto_class}, {words}",
+        "",
+        f'tokenizer = {words}.from_pretrained("{repo}")',
+        f"model = {model_class.auto_class}.from_pretrained({', '.join(given)})",
+        *(["model.resize_token_embeddings(len(tokenizer))"] if source.base.new_tokens else []),
+        f'model = PeftModel.from_pretrained(model, "{repo}")',
+    ]
+    return "\n".join(["## Use", "", "```python", *lines, "```"])
 
 
 def _limits(source: Source, report: JsonObject) -> str:

@@ -6,10 +6,11 @@ FOLDER/model.gguf      base and adapter merged; or adapter.gguf, beside a base t
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, UsageError
 from lorafit.exporting import gguf, gguf_lora
 from lorafit.exporting.exported import Exported
 from lorafit.exporting.gguf_file import require_type
@@ -42,9 +43,19 @@ def export(source: Source, output: Path) -> Exported:
         with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
             notes += gguf_lora.write_adapter(source, folder / _ADAPTER)
             proof = gguf_lora.prove(source, folder / _ADAPTER) if wish.verify else None
-            _write(source, folder, [f"FROM {wish.from_base}", f"ADAPTER ./{_ADAPTER}"], text)
-    command = f"ollama create {source.place.name.lower()} -f {output / MODELFILE}"
+            _write(source, folder, [f"FROM {_base_there(wish.from_base)}", f"ADAPTER ./{_ADAPTER}"], text)
+    command = shlex.join(["ollama", "create", source.place.name.lower(), "-f", str(output / MODELFILE)])
     return Exported("ollama", output, notes, command, proof)
+
+
+def _base_there(named: str) -> str:
+    """A base as a Modelfile names it: a file by its whole path, since Ollama goes from the Modelfile's folder."""
+    if not named.endswith(".gguf"):
+        return named
+    file = Path(named).expanduser().absolute()
+    if not file.is_file():
+        raise UsageError("no such file", file=named, key="--from-base", todo="name a GGUF file, or a model of Ollama's")
+    return str(file)
 
 
 def _template(source: Source) -> tuple[str, list[str]]:

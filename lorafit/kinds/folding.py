@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from lorafit.errors import ModelError
     from lorafit.files.safetensors import TensorEntry
 
 BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 """A tensor of an adapter, as PEFT calls most of them."""
+
+
+_OF_MERGES = re.compile(r"^cannot be merged( as [^:]+)?: ")
+
+
+def why_unknown(error: ModelError) -> str | None:
+    """Why nobody knows what an adapter adds to a weight, as its kind said of a merge; None of another error."""
+    why = _OF_MERGES.sub("", error.what)
+    return None if why == error.what else why
 
 
 def compile_layers(pattern: str) -> re.Pattern[str]:

@@ -10,7 +10,6 @@ differ and rank-stabilised scaling are gone from the result.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from lorafit.console.wording import list_names
 from lorafit.contracts import Reporter
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry, read_rows
-from lorafit.kinds.folding import AdaptedLayer
+from lorafit.kinds.folding import AdaptedLayer, why_unknown
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.low_rank import PREFIX, method_of
 from lorafit.model.products import LayerError, Product
@@ -37,7 +36,6 @@ BaseChanges = Callable[[str], torch.Tensor]
 """What an adapter changes in the weight of its base at a layer's path, `[out, in]` in fp64."""
 _WHOLE = {"modules_to_save": None, "trainable_token_indices": None}
 _BASE_COPY = ".base_layer."
-_OF_MERGES = re.compile(r"^cannot be merged( as [^:]+)?: ")
 _EMBEDDING = ".lora_embedding_A"
 
 
@@ -57,7 +55,7 @@ class Part:
         try:
             self._folding = saved.kind.folding({**saved.config, **_WHOLE})
         except ModelError as error:
-            raise self.refusal(_OF_MERGES.sub("", error.what)) from error
+            raise self.refusal(why_unknown(error) or error.what) from error
         if self._folding.copies is not None:
             raise self.refusal("it trains copies of whole layers, which take the place of the base's")
         if saved.config.get("target_parameters"):

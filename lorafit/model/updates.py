@@ -17,6 +17,7 @@ import torch
 from lorafit.contracts import JsonMapping, Reporter
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry, read_index, read_rows, row_blocks
+from lorafit.kinds.folding import why_unknown
 from lorafit.model.merge.merge_targets import plan_updates
 from lorafit.model.merge.shards import ALLOWED_DIFFERENCE
 from lorafit.model.merge.sources import Sources, Stretch, check_quantization, choose_values
@@ -74,7 +75,7 @@ class UpdateReader:
         try:
             folding = adapter.kind.folding(config)
         except ModelError as error:
-            why = error.what.removeprefix("cannot be merged: ")
+            why = why_unknown(error) or error.what
             todo = "only changes of weights are measured; score it with lorafit eval"
             raise ModelError(f"cannot be inspected: {why}", file=str(adapter.path), todo=todo) from error
         folded = {name: entry for name, entry in adapter.tensors.items() if _is_folded(name, folding)}

@@ -186,11 +186,13 @@ def check_answerable(path: Path, checkpoint: str | None) -> None:
     """Says before any library is loaded where a path is neither a model nor an adapter nor a run that has one.
 
     Raises:
-        UsageError: There is nothing at the path.
+        UsageError: There is nothing at the path, or a checkpoint is named of what has none.
         CheckpointError: It is no run, or has no such adapter.
     """
     if not is_model(path) and not is_lone_adapter(path):
         open_run(path).adapter(checkpoint)
+    elif checkpoint is not None:
+        raise UsageError("only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out")
 
 
 def _nothing_at(path: Path) -> UsageError:

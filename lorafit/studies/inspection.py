@@ -77,8 +77,6 @@ def _require_adapter(path: Path, checkpoint: str | None) -> None:
     if is_model(path):
         what = "is a whole model, in which no adapter can be told from its base"
         raise UsageError(what, file=str(path), todo="name a run or an adapter folder")
-    if checkpoint is not None and is_lone_adapter(path):
-        raise UsageError("only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out")
     check_answerable(path, checkpoint)
 
 

@@ -336,14 +336,19 @@ class Source:
         raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
 
 
+def is_local(path: str, folder: Path) -> bool:
+    """Whether a recipe's path of rows means a place beside the recipe, there or not, and no data set of the hub."""
+    looks_local = path.lower().endswith(FILE_SUFFIXES) or not is_hub_id(path)
+    is_in_folder = "/" in path and (folder / path.split("/")[0]).is_dir()
+    return looks_local or is_in_folder or os.path.lexists(folder / Path(path).expanduser())
+
+
 def _locate(
     section: SourceSection, folder: Path, reporter: Reporter, *, local: bool
 ) -> tuple[Path | None, HubRows | None]:
     """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
-    looks_local = section.path.lower().endswith(FILE_SUFFIXES) or not is_hub_id(section.path)
-    is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
-    if local or looks_local or is_in_folder or os.path.lexists(path):
+    if local or is_local(section.path, folder):
         check_file(path, section.path, start="the working folder" if local else "the recipe's folder")
         return path, None
     revision, split = section.revision, section.split

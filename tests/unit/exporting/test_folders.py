@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorafit
+from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, ResourceError, UsageError
 from lorafit.exporting.export import export
+from lorafit.exporting.exported import Wish
+from lorafit.exporting.model_card import _use
+from lorafit.exporting.source import open_source
+from lorafit.facts import ModelClass
 from lorafit.kinds.adapters import adapters
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter
+from lorafit.run.workspace import open_run
 from tests.support.adapted import load, logits, open_base, randomise
 from tests.support.pretended_hub import Handler, Hub, pretended_hub
 from tests.support.tiny_model import make_base
@@ -102,6 +109,18 @@ def test_ranks_beyond_vllms_and_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="vLLM cannot hold this adapter: the update of dora is no product"):
         export(adapter, to="vllm", output=tmp_path / "v")
     assert not (tmp_path / "v").exists()
+    with pytest.raises(UsageError, match="--checkpoint: only a run has checkpoints"):
+        export(adapter, to="peft", output=tmp_path / "v", checkpoint="7")
+
+
+def test_what_cannot_be_merged_either_is_not_told_to_be(tmp_path: Path) -> None:
+    _, adapter = adapted(tmp_path)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_bias": True}))
+    with pytest.raises(ModelError, match=r"vLLM cannot hold this adapter: it uses lora_bias; answer .* --to peft"):
+        export(adapter, to="vllm", output=tmp_path / "v")
+    with pytest.raises(ModelError, match="cannot be inspected: it uses lora_bias"):
+        lorafit.inspect_adapter(adapter, quiet=True)
 
 
 def test_a_folder_for_peft_holds_nothing_of_this_machine(run: Path, tmp_path: Path) -> None:
@@ -135,7 +154,7 @@ def test_a_wrong_folder_is_seen_by_verify(run: Path, tmp_path: Path, monkeypatch
     assert caught.value.exit_code == 9 and not (tmp_path / "p").exists()
 
 
-def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path) -> None:
+def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = export(run, to="ollama", output=tmp_path / "o")
     text = (tmp_path / "o" / "Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range $i, $m := .Messages }}')
@@ -143,6 +162,13 @@ def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path) -
     assert (
         tmp_path / "o" / "model.gguf"
     ).stat().st_size > 200_000 and "compared with the trained one on 20" in found.notes[0]
+    (tmp_path / "base.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    found = export(run, to="ollama", output=Path("b c"), from_base="base.gguf")
+    assert (
+        (tmp_path / "b c" / "Modelfile").read_text().startswith(f"FROM {tmp_path}/base.gguf\n")
+    )  # Ollama is elsewhere
+    assert str(found.command) == "ollama create run -f 'b c/Modelfile'"
     export(run, to="ollama", output=tmp_path / "b", from_base="smollm2:135m")
     assert (tmp_path / "b" / "Modelfile").read_text().startswith("FROM smollm2:135m\nADAPTER ./adapter.gguf\n")
     assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["Modelfile", "adapter.gguf"]
@@ -226,6 +252,32 @@ def test_the_card_is_what_the_hubs_library_reads(run: Path, tmp_path: Path) -> N
     assert "What carried loss: every answer of the assistant" in card.content and "## Limits" in card.content
 
 
+def test_a_path_that_could_be_a_data_set_of_the_hub_is_none(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are gone since are still files: a card must not name somebody's data set."""
+    opened = open_run(run)
+    recipe = opened.loaded.recipe
+    train = [recipe.data.train[0].model_copy(update={"path": path}) for path in ("mine/gone.jsonl", "org/rows")]
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": train})})
+    moved = replace(opened, loaded=replace(opened.loaded, recipe=recipe))
+    monkeypatch.setattr("lorafit.exporting.source.open_run", lambda path: moved)
+    export(run, to="hub", repo="me/shop", dry_run=True, output=tmp_path / "h")
+    card = ModelCard.load(tmp_path / "h" / "README.md")
+    assert card.data.datasets == ["org/rows"] and "Trained on `gone.jsonl`, `org/rows`" in card.content
+    assert "mine/gone" not in card.content
+
+
+def test_the_card_opens_a_classifier_with_its_own_class(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(run, Wish("hub"), Silent())
+    head = ModelClass("AutoModelForSequenceClassification", {"num_labels": 3}, has_new_head=True)
+    monkeypatch.setattr(type(source.card), "model_class", head)
+    grown = replace(source, base=replace(source.base, new_tokens=("<new>",)))
+    text = _use("me/shop", "org/base", grown)
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=3)' in text
+    assert "model.resize_token_embeddings(len(tokenizer))" in text and "CausalLM" not in text
+
+
 def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
     _, adapter = adapted(tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
@@ -249,6 +301,11 @@ WRONG: list[tuple[dict[str, Any], str, int]] = [
     ({"to": "hub"}, "--repo: --to hub needs a repository; name it OWNER/NAME", 2),
     ({"to": "hub", "repo": "no-owner"}, "needs a repository", 2),
     ({"to": "hub", "repo": "a/b"}, "no token is in the environment (HF_TOKEN)", 2),
+    (
+        {"to": "ollama", "from_base": "no.gguf"},
+        "no.gguf: --from-base: no such file; name a GGUF file, or a model of",
+        2,
+    ),
     ({"to": "peft", "checkpoint": "7"}, "no such checkpoint; there are steps 2, 4", 6),
     ({"to": "peft", "run": "nothing-here"}, "no such file or folder", 2),
 ]
