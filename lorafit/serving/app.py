@@ -109,9 +109,9 @@ class Gate:
         if key is not None and scope["path"] not in _FREE and not hmac.compare_digest(given, b"Bearer " + key.encode()):
             message = f"send the server's {KEY_VARIABLE} as Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key")
-        page = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
-        if key is None and page is not None and not is_this_machine(page):
-            return ApiError(403, f"a page of {page} may not ask a server without a key; set {KEY_VARIABLE}")
+        origin = headers.get(b"origin")
+        if key is None and origin is not None and not _is_own_page(origin.decode("latin-1")):
+            return ApiError(403, f"a page from elsewhere may not ask a server without a key; set {KEY_VARIABLE}")
         if self._service.is_closing and scope["path"] not in _UNCOUNTED:
             return shutting_down()
         return None
@@ -133,6 +133,14 @@ class Gate:
         if size <= LARGEST_BODY_BYTES:
             return bytes(body), None
         return b"", ApiError(413, f"the body is larger than {LARGEST_BODY_BYTES >> 20} MiB; send less")
+
+
+def _is_own_page(origin: str) -> bool:
+    """Whether a page of a browser comes from this machine; `null` and what is no address do not."""
+    try:
+        return is_this_machine(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
 
 
 async def _send(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

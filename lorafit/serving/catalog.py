@@ -124,13 +124,14 @@ class Catalog:
         Raises:
             ApiError: Nobody is called so.
         """
-        served = self._served
         if self.split is not None and name == SPLIT_NAME:
             name = self.split.pick(user)
-        found = list(served.values())[:2][-1] if name is None else served.get(name)
-        if found is None:
-            raise unknown_model(str(name), list(served))
-        return found
+        return list(self._served.values())[:2][-1] if name is None else self._find(name)
+
+    def require(self, served: Served) -> None:
+        """Raises ApiError where it is not served any more; its name may be another one's by now."""
+        if self._find(served.name) is not served:
+            raise unknown_model(served.name, list(self._served))
 
     def all(self) -> list[Served]:
         """The base, then the adapters in the order in which they came."""
@@ -144,7 +145,7 @@ class Catalog:
             LorafitError: It is none, is broken, or fits another base, vocabulary or template.
         """
         with self._lock:
-            if name in self._served:
+            if name in self._served or (self.split is not None and name == SPLIT_NAME):
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
             return self._add(name, open_on_base(folder, self._base, self._known, self._reporter))
 
@@ -155,24 +156,38 @@ class Catalog:
             ApiError: Nobody is called so.
             UsageError: It is the base.
         """
-        with self._lock:
-            served = self.choose(name)
+        with self._lock:  # not while it waits: others come and go meanwhile
+            served = self._find(name)
             if served.adapter is None:
                 raise UsageError("the base cannot be unloaded", key="lora_name", todo="name an adapter")
             if self.split is not None and name in self.split.shares:
                 raise UsageError(f"'{name}' answers for the split", key="lora_name", todo="name another one")
             self._served = {key: value for key, value in self._served.items() if key != name}
-            self._engine.unload_adapter(served.adapter)
+        self._engine.unload_adapter(served.adapter)
 
     def listing(self) -> JsonObject:
         """As /v1/models lists everybody, the split last."""
-        data = [self.to_json(served) for served in self.all()]
-        if self.split is not None:
-            data.append({**data[0], "id": SPLIT_NAME, "root": str(self.split), "parent": self.base.name})
-        return {"object": "list", "data": data}
+        told = [self._told(served) for served in self.all()]
+        return {"object": "list", "data": [*told, *([] if self.split is None else [self.to_json(SPLIT_NAME)])]}
 
-    def to_json(self, served: Served) -> JsonObject:
-        """As /v1/models/NAME says it."""
+    def to_json(self, name: str) -> JsonObject:
+        """As /v1/models/NAME says it.
+
+        Raises:
+            ApiError: Nobody is called so.
+        """
+        if self.split is not None and name == SPLIT_NAME:
+            told = self.to_json(self.base.name)
+            return {**told, "id": SPLIT_NAME, "root": str(self.split), "parent": self.base.name}
+        return self._told(self._find(name))
+
+    def _find(self, name: str) -> Served:
+        served = self._served
+        if name not in served:
+            raise unknown_model(name, list(served))
+        return served[name]
+
+    def _told(self, served: Served) -> JsonObject:
         names = {"id": served.name, "object": "model", "created": served.created, "owned_by": "lorafit"}
         return {
             **names,

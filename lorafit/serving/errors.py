@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lorafit.console.exits import bug
+from lorafit.console.exits import bug, explain
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, DataError, LorafitError, ModelError, QueueFull, SafetyError, UsageError
 
@@ -68,8 +68,8 @@ def as_api_error(error: Exception, *, param: str | None = None) -> ApiError:
         return ApiError(429, error.one_line, code="rate_limit_exceeded", retry_seconds=_RETRY_SECONDS)
     if isinstance(error, _USERS):
         return ApiError(400, error.one_line, param=param)
-    told = error if isinstance(error, LorafitError) else bug(error)
-    return ApiError(500, told.one_line)
+    told = error if isinstance(error, LorafitError) else explain(error, "serve") or bug(error)
+    return ApiError(400 if param is not None and isinstance(told, _USERS) else 500, told.one_line, param=param)
 
 
 def of_validation(found: Sequence[Mapping[str, object]]) -> ApiError:

@@ -17,6 +17,7 @@ from lorafit.files.strict_json import parse_json
 from lorafit.serving.errors import ApiError
 
 _REMEMBERED_ANSWERS = 4_096
+_NAME_ANOTHER = "name a file of ratings, or a new one"
 
 
 class Feedback:
@@ -40,8 +41,13 @@ class Feedback:
         try:
             with file.open("a+", encoding="utf-8") as lines:
                 lines.seek(0)
+                line = "\n"
                 for number, line in enumerate(lines, 1):
                     self._count(line, number)
+                if not line.endswith("\n"):  # the next one is to be a line of its own
+                    lines.write("\n")
+        except UnicodeDecodeError:
+            raise DataError("is no text in UTF-8", file=str(file), todo=_NAME_ANOTHER) from None
         except OSError as error:
             what = f"ratings cannot be written: {(error.strerror or 'no file').lower()}"
             raise UsageError(what, file=str(file), key="--feedback", todo="name another file") from error
@@ -61,11 +67,14 @@ class Feedback:
         rows = self._answers.get(name, [])
         if choice >= len(rows):
             raise ApiError(404, f"no answer '{name[:80]}' waits for its rating", param="id", code="answer_not_found")
-        del self._answers[name]
         row = {**rows[choice], "label": is_good, "id": name}
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        with self._file.open("a", encoding="utf-8") as lines:
-            lines.write(line + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+        except OSError as error:  # the answer waits on
+            raise ApiError(500, f"the rating cannot be written: {(error.strerror or 'no file').lower()}") from error
+        del self._answers[name]
         self._add(str(row["model"]), is_good)
         return row
 
@@ -77,8 +86,7 @@ class Feedback:
         known = row if isinstance(row, dict) else {}
         model, label = known.get("model"), known.get("label")
         if not isinstance(model, str) or not isinstance(label, bool):
-            todo = "name a file of ratings, or a new one"
-            raise DataError("is no rating", file=str(self._file), line=number, todo=todo)
+            raise DataError("is no rating", file=str(self._file), line=number, todo=_NAME_ANOTHER)
         self._add(model, label)
 
     def _add(self, model: str, is_good: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -16,7 +17,7 @@ from lorafit.contracts import JsonObject, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.formats import formats
 from lorafit.serving.catalog import Served
-from lorafit.serving.errors import ApiError, as_api_error
+from lorafit.serving.errors import ApiError, as_api_error, shutting_down
 from lorafit.serving.forms import ChatForm, Choice, Form, TextForm
 from lorafit.serving.schemas import ChatBody, CompletionBody, FeedbackBody, GenerateBody, LoadBody, UnloadBody
 from lorafit.serving.service import Order, Service
@@ -90,19 +91,17 @@ async def models(request: Request) -> Response:
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> Response:
     """One of them."""
-    catalog = _service(request).catalog
-    return JSONResponse(catalog.to_json(catalog.choose(name)))
+    return JSONResponse(_service(request).catalog.to_json(name))
 
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(body: LoadBody, request: Request) -> Response:
     """One more adapter, where the server was started so."""
     service = _may_load(request)
-    path = Path(body.lora_path).expanduser()
-    try:
-        await asyncio.to_thread(service.catalog.load, body.lora_name, path)
-    except Exception as error:
-        raise as_api_error(error, param="lora_path") from error
+    folder = Path(body.lora_path)
+    with contextlib.suppress(RuntimeError):  # of `~user`, where nobody is called so
+        folder = folder.expanduser()
+    await _change(service, lambda: service.catalog.load(body.lora_name, folder), "lora_path")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -110,10 +109,7 @@ async def load_adapter(body: LoadBody, request: Request) -> Response:
 async def unload_adapter(body: UnloadBody, request: Request) -> Response:
     """One less, once its running requests are answered."""
     service = _may_load(request)
-    try:
-        await asyncio.to_thread(service.catalog.unload, body.lora_name)
-    except Exception as error:
-        raise as_api_error(error, param="lora_name") from error
+    await _change(service, lambda: service.catalog.unload(body.lora_name), "lora_name")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -154,6 +150,14 @@ def _may_load(request: Request) -> Service:
     if not service.settings.allow_loading:
         raise ApiError(403, "this server loads no adapters on request; start it with --allow-loading")
     return service
+
+
+async def _change(service: Service, work: Callable[[], object], param: str) -> None:
+    """Loads or unloads beside the event loop. Raises ApiError with the field that is at fault."""
+    try:
+        await asyncio.to_thread(work)
+    except Exception as error:
+        raise (shutting_down() if service.is_closing else as_api_error(error, param=param)) from error
 
 
 def _read_chat(messages: list[JsonObject], tools: list[JsonObject] | None) -> Sample:
@@ -200,8 +204,8 @@ async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncItera
         if tells_usage:
             yield event(form.usage_chunk())
         _remember(request, form)
-    except ApiError as error:
-        yield event(error.to_json())
+    except Exception as error:  # the status is sent: nobody else could tell
+        yield event(as_api_error(error).to_json())
     finally:
         _note(request, form)
     yield {"data": "[DONE]"}

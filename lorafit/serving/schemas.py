@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ _LEAST_TOP_P = 0.001
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Stop: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=1_000)]
 Tokens: TypeAlias = Annotated[int, Field(ge=1)]
-Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -100,6 +101,17 @@ class ChatBody(_OpenAiBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @field_validator("messages", "tools")
+    @classmethod
+    def _is_text(cls, value: list[JsonObject] | None) -> list[JsonObject] | None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half a character (a lone surrogate), which no text has") from None
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
+        return value
+
     @property
     def longest(self) -> int | None:
         """Tokens of the longest answer, where the client says so."""
@@ -152,7 +164,7 @@ class LoadBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lora_name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,99}$")]
-    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4_096)]
+    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4_096, pattern=r"^[^\x00]*$")]
 
 
 class UnloadBody(BaseModel):

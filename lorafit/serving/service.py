@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from lorafit.answering.sampling import GREEDY, Sampling
@@ -94,6 +95,9 @@ class Service:
             ApiError: A prompt is too long, too many requests wait, or the engine refuses it.
         """
         writings: list[Writing] = []
+        most, asked_for = self._engine.limits.waiting, len(prompts) * order.choices
+        if asked_for > most:  # 429 would have the client ask again for ever
+            raise ApiError(400, f"{asked_for} answers in one request; at most {most} may wait here", param="n")
         try:
             for prompt in prompts:
                 sampling = order.sampling(self._longest(served, len(prompt), order.longest))
@@ -102,9 +106,12 @@ class Service:
                     stop_ids = _stop_ids(served)
                     asked = LiveRequest(prompt, served.adapter, own, stop_ids, order.stops, order.top_logprobs)
                     writings.append(Writing(self._engine, asked, self.metrics))
+            self.catalog.require(served)  # unloaded meanwhile; another one may have its name, whose template is another
         except Exception as error:
             for writing in writings:
                 writing.cancel()
+            if not self.is_closing:
+                self.catalog.require(served)
             raise (shutting_down() if self.is_closing else as_api_error(error)) from error
         return writings
 
@@ -176,8 +183,9 @@ class Service:
             async with asyncio.timeout(self.settings.grace_seconds):
                 while self.running:
                     await asyncio.sleep(_LOOK_SECONDS)
-        await asyncio.to_thread(self._engine.close, finish=False)
-        self._renders.shutdown(wait=False, cancel_futures=True)
+        close = partial(self._engine.close, finish=False)
+        with ThreadPoolExecutor(1) as own:  # asyncio's threads may all wait for answers that close ends
+            await asyncio.get_running_loop().run_in_executor(own, close)
 
     def _written(self) -> int:
         return sum(self._engine.figures().written_tokens.values())

@@ -227,7 +227,9 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         (CHAT, {**ASK, "frequency_penalty": 0.5}, 400, "frequency_penalty"),
         (CHAT, {**ASK, "best_of_all": 1}, 400, "best_of_all: this server knows no such parameter"),
         (CHAT, {**ASK, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        (CHAT, {**ASK, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages: holds half a character"),
         ("/v1/completions", {"model": "base", "prompt": [10_000]}, 400, "has id 10000"),
+        ("/v1/completions", {"model": "base", "prompt": [10**20]}, 400, "prompt"),
         ("/v1/completions", {"model": "base", "prompt": []}, 400, "prompt"),
         ("/generate", {"prompt": ""}, 400, "prompt"),
         ("/generate", {"prompt": "q", "max_length": 3}, 400, "max_length"),
@@ -235,6 +237,9 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         ("/v1/load_lora_adapter", {"lora_name": "../x", "lora_path": "peft"}, 400, "lora_name"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "nowhere"}, 400, "no such file or folder"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "base"}, 400, "is a whole model"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "~nobody/x"}, 400, "no such file or folder"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x\0y"}, 400, "lora_path"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x" * 300}, 400, "too long"),
         ("/v1/load_lora_adapter", {"lora_name": "peft", "lora_path": "peft"}, 400, "served already"),
         ("/v1/unload_lora_adapter", {"lora_name": "nobody"}, 404, "no model is called"),
         ("/v1/unload_lora_adapter", {"lora_name": "base"}, 400, "the base cannot be unloaded"),
@@ -273,6 +278,8 @@ def test_a_page_of_a_browser_cannot_ask(server: Server) -> None:
     assert text.status_code == 400
     foreign = {"Origin": "http://evil.example:8000"}
     assert server.client.post(CHAT, json={**ASK, "max_tokens": 1}, headers=foreign).status_code == 403
+    for nobody in ("null", "http://[", ""):
+        assert server.client.post(CHAT, json={**ASK, "max_tokens": 1}, headers={"Origin": nobody}).status_code == 403
     own = {"Origin": "http://localhost:3000"}
     assert server.client.post(CHAT, json={**ASK, "max_tokens": 1}, headers=own).status_code == 200
 
@@ -309,10 +316,15 @@ def test_a_split_is_sticky_and_ratings_become_rows(shop: Path, tmp_path: Path) -
 
     file = tmp_path / "ratings.jsonl"
     arms = ["--adapter", "run=run", "--adapter", "peft=peft", "--split", "run=0.5,peft=0.5"]
-    server = Server("base", *arms, "--feedback", file, cwd=shop)
+    server = Server("base", *arms, "--feedback", file, "--allow-loading", cwd=shop)
     try:
         assert "split  of users: run=0.5,peft=0.5" in server.stderr
         assert [model.id for model in server.openai().models.list()] == ["base", "run", "peft", "split"]
+        assert server.openai().models.retrieve("split").id == "split"
+        taken = server.post("/v1/load_lora_adapter", lora_name="split", lora_path="peft")
+        assert taken.status_code == 400, taken.text
+        for _ in range(4):  # no model of the split goes under its name
+            assert server.post("/v1/unload_lora_adapter", lora_name="split").status_code == 404
         answered: dict[str, str] = {}
         for number in range(12):
             told = server.chat("split", max_tokens=2, user=f"user {number % 6}").json()
@@ -479,7 +491,13 @@ def test_bounds_have_their_codes(small: Server) -> None:
     client = small.client
     client.headers["Authorization"] = "Bearer geheim"
     try:
-        full = client.post(CHAT, json={**LONG, "n": 8})
+        never = client.post(CHAT, json={**LONG, "n": 8})  # more than may ever wait: 429 would ask to try again
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        with ThreadPoolExecutor(2) as pool:
+            held = [pool.submit(client.post, CHAT, json=LONG) for _ in range(2)]
+            wait_for(lambda: small.metric("num_requests_waiting") == 1)
+            full = client.post(CHAT, json=LONG)
+            assert [one.result().status_code for one in held] == [504, 504]
         assert (full.status_code, full.json()["error"]["type"]) == (429, "rate_limit_error")
         assert int(full.headers["Retry-After"]) >= 1
         late = client.post(CHAT, json=LONG)
@@ -546,6 +564,7 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--split", "base"), 2, "--split: ", "NAME=SHARE"),
         ((base, "--feedback", "no/such/folder/f.jsonl"), 2, "ratings cannot be written"),
         ((base, "--feedback", "d.jsonl"), 4, "d.jsonl:1: is no rating"),
+        ((base, "--feedback", str(world.base / "model.safetensors")), 4, "model.safetensors"),
         ((base, "--port", "99999"), 2, "--port", "65535"),
         (("nowhere/at/all",), 5, "nowhere/at/all"),
     ):

@@ -1,0 +1,123 @@
+"""Who answers while adapters come and go, and an end that nobody can hold up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorafit.answering.opening import Voice
+from lorafit.answering.sampling import Sampling
+from lorafit.answering.ticket import LiveRequest, Ticket
+from lorafit.contracts import Silent
+from lorafit.errors import UsageError
+from lorafit.serving import routes
+from lorafit.serving.catalog import Catalog, Served
+from lorafit.serving.errors import ApiError
+from lorafit.serving.service import Order, Service
+from lorafit.serving.settings import Settings
+from tests.support.tiny_model import make_tokenizer
+
+
+class Engine:
+    """Takes every request; an unload waits until the engine is closed."""
+
+    def __init__(self) -> None:
+        self.limits, self.tickets = SimpleNamespace(waiting=8), list[Ticket]()
+        self.closed, self.waits = threading.Event(), threading.Semaphore(0)
+
+    def room(self, prompt_tokens: int, adapter: str | None = None) -> int:
+        return 100
+
+    def submit(self, request: LiveRequest, wake: Any) -> Ticket:
+        self.tickets.append(Ticket(request, len(request.prompt_ids), wake))
+        return self.tickets[-1]
+
+    def load_adapter(self, name: str, folder: Path, reporter: Any) -> None: ...
+
+    def unload_adapter(self, name: str) -> None:
+        self.waits.release()
+        assert self.closed.wait(20)
+        raise UsageError("the engine is closed")
+
+    def close(self, *, finish: bool) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    """A base with 40 adapters, whose files are nowhere."""
+    voice: Any = Voice(make_tokenizer(), None)
+
+    def add(self: Catalog, name: str, answerer: Any) -> Served:
+        self._served = {**self._served, name: Served(name, name, voice, "lora", "")}
+        return self._served[name]
+
+    monkeypatch.setattr(Catalog, "_add", add)
+    monkeypatch.setattr("lorafit.serving.catalog.open_on_base", lambda *_: None)
+    first = SimpleNamespace(quantization="none", voice=voice)
+    base = SimpleNamespace(reference=("base",))
+    adapters = {f"a{number}": SimpleNamespace(card=None) for number in range(40)}
+    opened: Any = SimpleNamespace(name="base", base=base, voice=voice, first=first, adapters=adapters)
+    engine: Any = Engine()
+    settings = Settings("127.0.0.1", 0, None, True, 16, 5.0, 0.1)
+    return Service(engine, Catalog(engine, opened, None, Silent()), settings, None, Silent())
+
+
+ORDER = Order(lambda longest: Sampling(longest))
+
+
+def test_another_adapter_of_the_same_name_does_not_answer(service: Service) -> None:
+    """A prompt is rendered for the one that was there; its template is not that of the next."""
+
+    async def swap() -> None:
+        served, engine = service.catalog.choose("a0"), service._engine
+        engine.closed.set()  # type: ignore[attr-defined]
+        with pytest.raises(UsageError):
+            service.catalog.unload("a0")
+        with pytest.raises(ApiError) as gone:
+            service.write(served, [[1]], ORDER)
+        service.catalog.load("a0", Path())
+        with pytest.raises(ApiError) as other:
+            service.write(served, [[1]], ORDER)
+        assert gone.value.status == other.value.status == 404
+        assert all(ticket.is_cancelled for ticket in engine.tickets)  # type: ignore[attr-defined]
+
+    asyncio.run(swap())
+
+
+def test_a_request_for_more_answers_than_may_wait_is_no_matter_of_patience(service: Service) -> None:
+    async def ask() -> None:
+        served = service.catalog.choose("a0")
+        with pytest.raises(ApiError) as told:
+            service.write(served, [[1]] * 9, ORDER)
+        assert (told.value.status, told.value.headers) == (400, {})
+        assert len(service.write(served, [[1]] * 8, ORDER)) == 8
+
+    asyncio.run(ask())
+
+
+def test_adapters_that_wait_to_go_hold_up_neither_others_nor_the_end(service: Service) -> None:
+    """More of them than asyncio has threads."""
+
+    async def go() -> list[BaseException | None]:
+        unloads = [
+            asyncio.create_task(
+                routes._change(service, lambda name=f"a{number}": service.catalog.unload(name), "lora_name")
+            )
+            for number in range(40)
+        ]
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(service._renders, load), 5)
+        await asyncio.wait_for(service.drain(), 5)
+        return await asyncio.gather(*unloads, return_exceptions=True)
+
+    def load() -> None:
+        service.catalog.load("more", Path())
+
+    ends = asyncio.run(go())
+    assert {end.status for end in ends if isinstance(end, ApiError)} == {503} and len(ends) == 40
