@@ -130,4 +130,9 @@ def _retry(chat: Chat) -> tuple[str, str | None]:
 def _save(chat: Chat, transcript: Transcript, name: str) -> str:
     if not name:
         raise UsageError("needs the name of a file", key="/save", todo="e.g. /save talk.jsonl")
-    return transcript.save(Path(name).expanduser(), chat.rows())
+    rows = chat.rows()
+    if chat.conversation.exchanges and not rows:
+        only = "the only answer was" if len(chat.conversation.exchanges) == 1 else "every answer was"
+        what = f"{only} stopped or cut, and is none to train on"
+        raise UsageError(what, key="/save", todo="/retry, or write another message")
+    return transcript.save(Path(name).expanduser(), rows)

@@ -34,10 +34,17 @@ class Transcript:
             raise UsageError("is no file of JSON lines", file=str(file), todo="name one that ends in .jsonl")
         if not rows:
             raise UsageError("there is no whole answer to train on yet", key="/save", todo="write a message first")
+        if not file.parent.is_dir():
+            here = next(folder for folder in file.absolute().parents if folder.is_dir())
+            raise UsageError(f"no such folder; {here} is the nearest", file=str(file.parent), todo="make it first")
         try:
             before = file.read_text(encoding="utf-8") if file.exists() else ""
         except UnicodeDecodeError:
             raise DataError("is no text in UTF-8", file=str(file), todo="name another file") from None
+        for number, line in enumerate(before.split("\n"), 1):
+            if line.strip() and not _is_row(line):
+                todo = "name another file: lorafit train could not read this one"
+                raise DataError(f"line {number} is no JSON object", file=str(file), todo=todo)
         own = self._saved.get(file.resolve())
         before = before.removesuffix(own) if own else before
         if before and not before.endswith("\n"):
@@ -52,3 +59,10 @@ class Transcript:
         return f"{counted(len(rows), 'row')} in {file}" + (
             f", behind {counted(before.count(chr(10)), 'line')} that stood there" if before else ""
         )
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -121,7 +121,10 @@ _HELP = {
     "inspect_adapter.output": ("DIR", "Write inspect.json and a heat map (SVG) there."),
     "chat.run": ("RUN|MODEL", "A run or adapter on its base, a model folder, a .gguf file, or a hub id."),
     "system": ("TEXT", "The system message; without, the one that was trained with."),
-    "expression": ("SUM", 'A weighted sum of adapters, e.g. "0.7*a + 0.3*b - c".'),
+    "expression": (
+        "SUM",
+        'A weighted sum of adapters, e.g. "0.7*a + 0.3*b - c"; a minus at its beginning in parentheses: "(-a) + b".',
+    ),
     "compose.adapters": ("NAME=DIR", "A run or an adapter folder, by its name in the sum. Repeatable."),
     "compose.output": ("DIR", "Folder of the adapter."),
     "compose.rank": ("RANK|SHARE", "A smaller rank, or what each layer may lose of its update, e.g. 1%."),

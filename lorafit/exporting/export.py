@@ -56,7 +56,7 @@ def export(
     place = output or _usual_output(source)
     is_kept = to != "hub" or dry_run or output is not None  # a push leaves nothing here
     if is_kept and place.exists() and (place.is_file() or any(place.iterdir())):
-        raise UsageError("exists already", file=str(place), key="output", todo="choose another output")
+        raise UsageError("exists already", file=str(place), key="output", todo="choose another --output")
     check_output(place, inputs_of(source))
     if to in _ENDINGS and place.is_dir():
         raise UsageError("is a folder, and this target is one file", file=str(place), key="output", todo="name a file")

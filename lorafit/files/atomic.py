@@ -189,7 +189,7 @@ def atomic_dir(
         for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             _sync(folder)
         if path.exists() and not replace:
-            raise UsageError("exists already", file=str(path), todo="choose another output")
+            raise UsageError("exists already", file=str(path), todo="choose another --output")
         aside = path.parent / f"{TEMPORARY_PREFIX}old-{path.name}-{os.getpid()}"
         if path.exists():
             path.rename(aside)

@@ -180,9 +180,9 @@ def _warn_of_other_words(first: Part, part: Part, reporter: Reporter) -> None:
     mine, theirs = (TokenizerFolder(one.saved.path) for one in (first, part))
     differs = []
     if mine.has_tokenizer() and theirs.has_tokenizer() and not mine.is_same_tokenizer(theirs):
-        differs.append("tokenizer")
+        differs.append("tokenizers")
     if first.card is not None and part.card is not None:
-        keys = {"chats or verbatim text": "chat", "chat template": "templates", "system prompt": "system_prompt"}
+        keys = {"chats or verbatim text": "chat", "chat templates": "templates", "system prompts": "system_prompt"}
         differs += [what for what, key in keys.items() if getattr(first.card, key) != getattr(part.card, key)]
     if differs:
         taken = f"the sum is asked as '{first.name}', which comes first"

@@ -98,6 +98,8 @@ def compose(
             reporter.warn("the sum is zero in every layer: the result answers as the base")
         found = rows.score(folder, recipe, fitted.started if fitted else recipe.weights)
     most = max(product.rank for product in layers.values())
+    if isinstance(cut, int) and cut > most:
+        reporter.info(f"--rank {cut}: {most} is all there is")
     return Composed(output, recipe.weights, method, most, errors, fitted, found)
 
 

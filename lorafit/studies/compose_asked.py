@@ -128,7 +128,7 @@ def check_flags(
         raise UsageError("only a mean reads it", key="--weights", todo="add --mean, or write a sum")
     if expression is None and not mean and fit_rows is None:
         todo = 'write one, e.g. "0.7*a + 0.3*b", or add --mean or --fit ROWS'
-        raise UsageError("needs a sum of adapters", key="EXPRESSION", todo=todo)
+        raise UsageError("needs a sum of adapters", key="SUM", todo=todo)
     if density is not None and method == "sum":
         raise UsageError("only ties and dare read it", key="--density", todo="add --method ties, or leave it out")
     if fit_rows is not None and method != "sum":
@@ -182,5 +182,5 @@ def leave_out(
         reporter.warn(f"of weight 0, and left out: {list_names(zero)}")
     kept = [by_name[name] for name in chosen if name not in zero]
     if not kept:
-        raise UsageError("every weight is 0, and nothing is left", key="EXPRESSION", todo="give one that is not")
+        raise UsageError("every weight is 0, and nothing is left", key="SUM", todo="give one that is not")
     return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -217,7 +217,7 @@ class Inspected(Printed):
         say(console, f"\n{_SCALE}")
         console.print(_show_heat_map(self.heat_map(), full_block(console)))
         console.print()
-        console.print(self._ranking())
+        self._show_ranking(console)
         if self.ablation is not None:
             say(console, f"\n{_explain(self.ablation)}")
         elif self.not_ablated:
@@ -241,20 +241,26 @@ class Inspected(Printed):
         lines = [f"{what}: {len(names)}: {list_names(names)}" for what, names in found.items() if names]
         return lines or ["nothing stands out: no NaN or Inf, no module dead, duplicated or exploded"]
 
-    def _ranking(self) -> Table:
+    def _show_ranking(self, console: Console) -> None:
         """Modules by importance, else by ratio; layers where those were switched off."""
         ablation, own = self.ablation, {module.name: module for module in self.modules}
         if ablation is None:
             best = sorted(self.modules, key=lambda module: -(module.ratio or 0.0))[:_SHOWN]
             short = name_modules(own)
-            return _table(("module", *_OF_MODULES), [(short[module.name], *_show_module(module)) for module in best])
+            say(console, f"by % of weight, the largest first{_of_all(len(own), 'modules')}:")
+            _show_table(
+                console, ("module", *_OF_MODULES), [(short[module.name], *_show_module(module)) for module in best]
+            )
+            return
+        say(console, f"by importance, the largest first{_of_all(len(ablation.parts), ablation.unit)}:")
         parts = sorted(ablation.parts, key=lambda part: -part.value)[:_SHOWN]
         if ablation.unit == "layers":
-            return _table(("layer", *_OF_PARTS), [(part.name, *_show_part(part, ablation)) for part in parts])
+            _show_table(console, ("layer", *_OF_PARTS), [(part.name, *_show_part(part, ablation)) for part in parts])
+            return
         short = name_modules(part.name for part in ablation.parts)
         ratios = [_figure(_percent(own[part.name].ratio)) if part.name in own else "-" for part in parts]
         lines = [(short[p.name], *_show_part(p, ablation), ratio) for p, ratio in zip(parts, ratios, strict=True)]
-        return _table(("module", *_OF_PARTS, "% of weight"), lines)
+        _show_table(console, ("module", *_OF_PARTS, "% of weight"), lines)
 
 
 _SCALE = "||update|| / ||weight|| in per cent, Frobenius norms, by layer and linear"
@@ -295,15 +301,27 @@ def _explain(ablation: Ablation) -> str:
     return f"{what}, which leaves {left:.1f} % of the gain unexplained: {why}"
 
 
-def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+def _of_all(count: int, what: str) -> str:
+    return f"; {_SHOWN} of {count} {what}, all of them with --json or --output" if count > _SHOWN else ""
+
+
+def _show_table(console: Console, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Figures are never cut: where the screen is too narrow, headings wrap, then names do."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    cells = [max((len(line[at]) for line in lines), default=0) for at in range(len(headings))]
+    widths = [max(cell, len(heading)) for cell, heading in zip(cells, headings, strict=True)]
+    room = console.width - 2 * (len(headings) - 1)
+    if sum(widths) > room:
+        words = [max(map(len, heading.split())) for heading in headings]
+        widths[1:] = list(map(max, cells[1:], words[1:]))
+        widths[0] = max(words[0], min(widths[0], room - sum(widths[1:])))
+    for number, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+        table.add_column(heading, justify="left" if number == 0 else "right", width=width, overflow="fold")
     for line in lines:
         table.add_row(*line)
-    return table
+    console.print(table)
 
 
 def _show_heat_map(heat: HeatMap, block: str) -> Table:
@@ -340,14 +358,15 @@ def _show_heat_map(heat: HeatMap, block: str) -> Table:
 
 def _show_other(console: Console, other: Other) -> None:
     """Both adapters side by side: the modules whose updates are most alike first."""
-    say(console, f"\nbeside {near(other.path)} ({other.kind}), {counted(len(other.pairs), 'module')} in both:")
+    say(console, f"\nbeside {near(other.path)} ({other.kind}), {counted(len(other.pairs), 'module')} in both,")
+    say(console, f"by cosine, the most alike first{_of_all(len(other.pairs), 'modules')}:")
     short, lines = name_modules(pair.name for pair in other.pairs), []
     for pair in sorted(other.pairs, key=lambda pair: -abs(pair.cosine or 0.0))[:_SHOWN]:
         norms = pair.other_ratio / pair.ratio if pair.ratio and pair.other_ratio is not None else None
         figures = _percent(pair.ratio), _percent(pair.other_ratio), norms, pair.cosine, pair.reads, pair.writes
         lines.append((short[pair.name], *map(_figure, figures)))
     headings = ("module", "% of weight", "other's", "other / this", "cosine", "overlap: reads", "writes")
-    console.print(_table(headings, lines))
+    _show_table(console, headings, lines)
     for what, names in {"only here": other.missing, "only there": other.added}.items():
         if names:
             say(console, f"{what}: {len(names)}: {list_names(names)}")

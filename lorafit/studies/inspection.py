@@ -51,7 +51,7 @@ def inspect_adapter(
     if output is not None:
         check_output(output, [run, *([compare] if compare is not None else [])])
         if output.exists():
-            raise UsageError("exists already", file=str(output), key="output", todo="choose another output")
+            raise UsageError("exists already", file=str(output), key="output", todo="choose another --output")
     from lorafit.files.atomic import atomic_dir
 
     subject = _Subject.open(run, checkpoint, base_model, overrides, reporter)

@@ -205,7 +205,7 @@ def _check_new(output: Path, opened: OpenedRun) -> None:
     """Refuses a folder that cannot be made, before anything is loaded. Raises UsageError."""
     check_output(output, [opened.run.root])
     if output.exists():
-        raise UsageError("exists already", file=str(output), key="output", todo="choose another output")
+        raise UsageError("exists already", file=str(output), key="output", todo="choose another --output")
 
 
 class _Scoring:

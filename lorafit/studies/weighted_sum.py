@@ -68,7 +68,7 @@ class _Reader:
         """With the place, counted from 1."""
         place = (self.at if at is None else at) + 1
         todo = todo or 'write names, numbers, + - * and parentheses, e.g. "0.7*a + 0.3*b - c"'
-        return UsageError(f"character {place}: {what}", key="EXPRESSION", todo=todo)
+        return UsageError(f"character {place}: {what}", key="SUM", todo=todo)
 
     def begins_factor(self) -> bool:
         """Whether a number, a name or a parenthesis stands here."""

@@ -85,6 +85,8 @@ def test_what_was_stopped_stays_and_carries_no_loss(make_chat: MakeChat) -> None
     pieces.close()
     assert [(said.answer, said.ended) for said in chat.said] == [(begun, "stopped")]
     assert chat.rows() == [], "a file of one stopped answer is nothing to train on"
+    with pytest.raises(UsageError, match="the only answer was stopped or cut, and is none to train on; /retry, or"):
+        does(chat, "/save talk.jsonl")
     does(chat, "/min_new_tokens 3")
     whole = told(chat, "and?")
     assert chat.said[-1].ended == "stop"
@@ -217,6 +219,13 @@ def test_a_conversation_replaces_its_own_lines_and_no_others(make_chat: MakeChat
     told(chat, "when?")
     does(chat, f"/save {file}", transcript)
     assert len(file.read_text(encoding="utf-8").splitlines()) == 3
+    file.write_text('{"question": "q"}\nnotes of mine\n')
+    with pytest.raises(DataError, match="line 2 is no JSON object; name another file"):
+        does(chat, f"/save {file}", transcript)
+    assert file.read_text() == '{"question": "q"}\nnotes of mine\n'
+    with pytest.raises(UsageError, match=f"no such folder; {tmp_path} is the nearest"):
+        does(chat, f"/save {tmp_path}/a/b/talk.jsonl", transcript)
+    assert not (tmp_path / "a").exists()
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="no text in UTF-8"):
         does(chat, f"/save {file}", transcript)

@@ -13,8 +13,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import lorafit
+from lorafit.cli import app, main
 from lorafit.errors import LorafitError, ModelError
 from lorafit.kinds.adapters import adapters as kinds
 from lorafit.model.adapter import save_adapter
@@ -306,7 +308,7 @@ def test_adapters_of_two_bases_are_refused(world: World, tmp_path: Path) -> None
 
 
 BAD: list[tuple[dict[str, Any], int, str]] = [
-    ({"expression": None}, 2, "EXPRESSION: needs a sum of adapters"),
+    ({"expression": None}, 2, "SUM: needs a sum of adapters"),
     ({"expression": "few + plainn"}, 2, "no adapter is called 'plainn'; did you mean plain?"),
     ({"mean": True}, 2, "mean: a sum is written already"),
     ({"weights": "1,2"}, 2, "weights: only a mean reads it"),
@@ -365,6 +367,28 @@ def test_paths_that_are_no_adapter_are_told_apart(world: World, tmp_path: Path) 
     assert "non-finite values" in said(broken)
     (broken / "adapter_model.safetensors").write_bytes(b"none")
     assert "adapter_model.safetensors" in said(broken)
+
+
+def test_more_rank_than_there_is_is_said(world: World, tmp_path: Path) -> None:
+    adapters = [f"--adapter={name}={world.folders[name]}" for name in ("plain", "few")]
+    told = CliRunner().invoke(
+        app,
+        [
+            "compose",
+            "plain + few",
+            *(f"--adapter={one}" for one in adapters),
+            f"--output={tmp_path / 's'}",
+            "--rank=500",
+        ],
+    )
+    assert told.exit_code == 0 and re.search(r"--rank 500: \d+ is all there is", told.stderr)
+
+
+def test_a_minus_that_begins_a_sum_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compose", "-a + b", "--adapter", "a=x"])
+    assert ended.value.code == 2
+    assert 'a sum that begins with a minus needs parentheses, e.g. "(-a) + b"' in capsys.readouterr().err
 
 
 def test_what_counts_for_nothing_is_said(world: World, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,26 @@ def test_two_adapters_of_one_base_stand_side_by_side(run: Path, tmp_path: Path) 
     assert found.not_ablated == ""
     alone = lorafit.inspect_adapter(other, quiet=True)
     assert alone.ablation is None and "an adapter alone has no rows to lose on; name its run" in str(alone)
+
+
+def test_no_figure_is_cut_on_a_narrow_screen(run: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    found = lorafit.inspect_adapter(run, ablate="none", compare=run / "adapter", quiet=True)
+    name = "model.language_model.layers.{}.self_attn.q_proj"
+    modules = tuple(replace(found.modules[0], name=name.format(at), update_norm=1.2345e-05) for at in range(13))
+    assert found.other is not None
+    pairs = tuple(replace(found.other.pairs[0], name=name.format(at), cosine=-0.9876) for at in range(13))
+    wide = replace(found, modules=modules, other=replace(found.other, pairs=pairs))
+    with (tmp_path / "shown").open("w+", encoding="utf-8") as file:
+        wide.render(Console(file=file, width=80))
+        file.seek(0)
+        shown = file.read()
+    assert "…" not in shown and max(len(line) for line in shown.splitlines() if "q_proj" in line) <= 80
+    assert (shown.count("1.234e-05"), shown.count("-0.9876")) == (12, 12)
+    assert "by % of weight, the largest first; 12 of 13 modules, all of them with --json or --output:" in " ".join(
+        shown.split()
+    )
 
 
 def test_a_run_with_nan_is_shown_without_importances(run: Path, tmp_path: Path) -> None:
