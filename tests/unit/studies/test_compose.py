@@ -376,7 +376,7 @@ def test_more_rank_than_there_is_is_said(world: World, tmp_path: Path) -> None:
         [
             "compose",
             "plain + few",
-            *(f"--adapter={one}" for one in adapters),
+            *adapters,
             f"--output={tmp_path / 's'}",
             "--rank=500",
         ],
