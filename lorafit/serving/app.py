@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Mapping
+from typing import get_type_hints
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
@@ -37,12 +38,19 @@ def build_app(service: Service) -> ASGIApp:
 
 async def _tell(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
-        told = of_validation(error.errors())
+        told = of_validation(error.errors(), _fields(request))
     elif isinstance(error, HTTPException):
         told = ApiError(error.status_code, f"{request.method} {request.url.path}: {str(error.detail).lower()}")
     else:
         told = as_api_error(error)
+    request.state.note = told.note
     return JSONResponse(told.to_json(), told.status, told.headers)
+
+
+def _fields(request: Request) -> list[str]:
+    """Names that a body of the request's route may hold."""
+    kinds = get_type_hints(request.scope["route"].endpoint).values()
+    return [name for kind in kinds for name in getattr(kind, "model_fields", ())]
 
 
 class Gate:
@@ -144,4 +152,5 @@ def _is_own_page(origin: str) -> bool:
 
 
 async def _send(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    scope["state"]["note"] = error.note
     await JSONResponse(error.to_json(), error.status, error.headers)(scope, receive, send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorafit.console.exits import bug, explain
+from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, DataError, LorafitError, ModelError, QueueFull, SafetyError, UsageError
 
@@ -40,6 +41,12 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
 
+    @property
+    def note(self) -> str:
+        """For the line in the log."""
+        message = " ".join(self.message.split())
+        return f"{self.code}: {message[:120]}" if self.code else message[:120]
+
     def to_json(self) -> JsonObject:
         """The body."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -53,7 +60,7 @@ def shutting_down() -> ApiError:
 
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """What a request for a model gets that is not served."""
-    message = f"no model is called '{name[:80]}'; served: {', '.join(known)}"
+    message = f"no model is called '{name[:80]}'; {did_you_mean(name[:80], known)}served: {', '.join(known)}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -72,8 +79,8 @@ def as_api_error(error: Exception, *, param: str | None = None) -> ApiError:
     return ApiError(400 if param is not None and isinstance(told, _USERS) else 500, told.one_line, param=param)
 
 
-def of_validation(found: Sequence[Mapping[str, object]]) -> ApiError:
-    """The first thing that pydantic found wrong in a body, with its field."""
+def of_validation(found: Sequence[Mapping[str, object]], known: Sequence[str]) -> ApiError:
+    """The first thing that pydantic found wrong in a body, with its field. `known`: the fields that there are."""
     first = found[0]
     place = first.get("loc", ())
     names = [str(part) for part in place if part != "body"] if isinstance(place, list | tuple) else []
@@ -86,7 +93,9 @@ def of_validation(found: Sequence[Mapping[str, object]]) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{param}: is missing", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        return ApiError(400, f"{param}: this server knows no such parameter", param=param, code="unknown_parameter")
+        meant = did_you_mean(str(param)[:80], known).rstrip()
+        what = f"{param}: this server knows no such parameter{meant and f'; {meant}'}"
+        return ApiError(400, what, param=param, code="unknown_parameter")
     if param is None:
         return ApiError(400, "the body is no JSON object; send one with Content-Type: application/json")
     return ApiError(400, f"{param}: {message[:1].lower()}{message[1:]}", param=param)

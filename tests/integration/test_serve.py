@@ -260,6 +260,15 @@ def test_a_bad_request_gets_its_status_and_the_reason(
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_slip_is_told_with_what_was_meant_and_logged(server: Server) -> None:
+    told = server.client.post("/v1/completions", json={"model": "pefft", "prompt": "q"})
+    assert "no model is called 'pefft'; did you mean peft? served:" in told.json()["error"]["message"]
+    told = server.client.post("/v1/completions", json={"model": "peft", "prompt": "q", "max_token": 3})
+    assert "max_token: this server knows no such parameter; did you mean max_tokens?" in told.json()["error"]["message"]
+    wait_for(lambda: "400, unknown_parameter: max_token: this" in " ".join(server.stderr.split()))
+    assert "404, model_not_found: no model is called 'pefft'" in " ".join(server.stderr.split())
+
+
 def test_the_codes_that_clients_go_by(server: Server) -> None:
     import openai
 

@@ -70,5 +70,5 @@ def test_what_changes_nothing_is_taken(given: dict[str, Any]) -> None:
 def test_what_would_change_an_answer_and_is_not_served_is_refused(given: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as refused:
         ChatBody(**CHAT, **given)
-    told = of_validation(refused.value.errors())  # type: ignore[arg-type]
+    told = of_validation(refused.value.errors(), ())  # type: ignore[arg-type]
     assert (told.status, told.param) == (400, param)
