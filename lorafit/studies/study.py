@@ -115,7 +115,9 @@ class Study:
             raise UsageError("holds a comparison already", file=str(folder), key="output", todo=todo)
         held = read_object(file)
         if changed := [text.removeprefix(".") for text in differences("", held.get("definition"), definition)]:
-            what = f"would not be the same comparison: {tell_differences(changed)}"
+            old, new = (list((each or {}).get("variants", ())) for each in (held.get("definition"), definition))
+            said = f"--over: it was {', '.join(old)} and is {', '.join(new)} now"
+            what = f"would not be the same comparison: {said if old != new else tell_differences(changed)}"
             raise CheckpointError(what, file=str(folder), todo="change it back, or give another --output")
         try:
             runs = {name: Record(**record) for name, record in held["runs"].items()}

@@ -216,6 +216,8 @@ def test_a_folder_that_holds_a_comparison_is_gone_on_with_only_where_asked_and_o
     ):
         with pytest.raises(CheckpointError, match="would not be the same comparison"):
             ask(recipe, **{"rates": 1, "resume": True, **change})
+    with pytest.raises(CheckpointError, match=r"--over: it was [^{]*lora.* and is [^{]*lora, [^{]*dora now; change"):
+        ask(recipe, rates=1, resume=True, over=["adapter=lora,dora"])
     assert len(pretended.trained) == 9
 
 
