@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -131,11 +130,12 @@ class Service:
             except Exception as error:  # raised again where the pieces are read
                 pieces.put_nowait((number, error))
 
-        until, going = time.monotonic() + self.settings.timeout_seconds, len(writings)
+        until, going = asyncio.get_running_loop().time() + self.settings.timeout_seconds, len(writings)
         pumps = [asyncio.create_task(pump(number, writing)) for number, writing in enumerate(writings)]
         try:
             while going:
-                number, piece = await asyncio.wait_for(pieces.get(), max(0.0, until - time.monotonic()))
+                async with asyncio.timeout_at(until):  # wait_for forgets a cancellation that comes beside a piece
+                    number, piece = await pieces.get()
                 if isinstance(piece, Exception):
                     raise as_api_error(piece) from piece
                 going -= piece is None
