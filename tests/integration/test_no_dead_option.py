@@ -36,6 +36,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OptionWorld]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        patch.setattr("lorafit.estimation.measured.covers", lambda step: True)  # as memory_by_formula, for a module
         torch.set_num_threads(1)
         yield OptionWorld(root)
         torch.set_num_threads(threads)
