@@ -38,7 +38,7 @@ from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import run_or_halve
 from lorafit.recipe.schema import DataSection
 from lorafit.run.card import RunCard
-from lorafit.run.workspace import is_lone_adapter, is_model, open_run
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run, refuse_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,10 +176,7 @@ def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, 
         whole = open_plain_model(path, reporter)
         return Classifier(task, limit, pad_id, whole.load, render=render if task.classifies_answers else None)
     if is_lone_adapter(path):
-        if checkpoint is not None:
-            raise UsageError(
-                "only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out"
-            )
+        refuse_checkpoint(checkpoint)
         saved, base = open_lone_adapter(path, base_model, reporter)
         card = saved.card()
         if card is None:

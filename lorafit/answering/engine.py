@@ -98,8 +98,7 @@ class Engine:
         """
         if name in self.adapters:
             raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
-        if self.adapters:
-            self._check_quantization(read_adapter(folder))
+        self._check_quantization(read_adapter(folder))
         within = name
         if name != ADAPTER_NAME:  # PEFT takes no name with a dot, and stumbles over parts of its own, `a` or `weight`
             self._added += 1
@@ -121,7 +120,7 @@ class Engine:
         trained_on = (saved.quantization() or {}).get("kind")
         if self._quantization is not None and trained_on not in (None, self._quantization):
             what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
-            raise ModelError(what, file=str(saved.path), todo="answer with it in an engine of its own")
+            raise ModelError(what, file=str(saved.path), todo="load it by a process of its own")
 
     def remove_adapter(self, name: str) -> None:
         """Drops an adapter; without any the model is the base again, as it was before the first.

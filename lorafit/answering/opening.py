@@ -37,7 +37,7 @@ from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.recipe.schema import LARGEST_COUNT, DataSection
 from lorafit.run.card import RunCard
-from lorafit.run.workspace import is_lone_adapter, is_model, open_run
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run, refuse_checkpoint
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -172,8 +172,8 @@ def open_answerer(
         ModelError: The base is not on this disk, or is another one.
     """
     lone = is_lone_adapter(path)
-    if checkpoint is not None and (lone or is_model(path)):
-        raise UsageError("only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out")
+    if lone or is_model(path):
+        refuse_checkpoint(checkpoint)
     if is_model(path):
         if base_model is not None:
             raise UsageError("a whole model has no base", key="--base-model", todo="name a run or an adapter folder")
@@ -295,7 +295,7 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
     def load() -> Engine:
         plain = quantizations.make("none").section
         model = _load_base(base, plain, dtype, reporter, model_class, device)
-        return Engine(model, tokenizer, base=base, reader=reader)
+        return Engine(model, tokenizer, base=base, quantization=plain.kind, reader=reader)
 
     return Answerer(voice, base, "none", load, None, reporter)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import JsonObject, Silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from rich.console import Console
 
@@ -251,6 +251,34 @@ def printable(console: Console, text: str) -> str:
 def full_block(console: Console) -> str:
     """What bars are drawn with."""
     return "█" if can_show(console, "█") else "#"
+
+
+def show_table(
+    console: Console, headings: Sequence[str], lines: Sequence[Sequence[str]], *, words: Collection[int] = (0,)
+) -> None:
+    """A table without lines. No figure is cut: where the screen is too narrow, headings wrap, then the first column.
+
+    Args:
+        console: Where to.
+        headings: Of the columns.
+        lines: Cells of each line.
+        words: Numbers of the columns that hold words; figures stand at the right.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    cells = [max((len(line[at]) for line in lines), default=0) for at in range(len(headings))]
+    widths = [max(cell, len(heading)) for cell, heading in zip(cells, headings, strict=True)]
+    room = console.width - 2 * (len(headings) - 1)
+    if sum(widths) > room:
+        longest = [max(map(len, heading.split())) for heading in headings]
+        widths[1:] = list(map(max, cells[1:], longest[1:]))
+        widths[0] = max(longest[0], min(widths[0], room - sum(widths[1:])))
+    for number, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+        table.add_column(heading, justify="left" if number in words else "right", width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
 
 
 def draw_histogram(bars: Sequence[Bar], block: str) -> list[str]:

@@ -191,7 +191,13 @@ def check_answerable(path: Path, checkpoint: str | None) -> None:
     """
     if not is_model(path) and not is_lone_adapter(path):
         open_run(path).adapter(checkpoint)
-    elif checkpoint is not None:
+    else:
+        refuse_checkpoint(checkpoint)
+
+
+def refuse_checkpoint(checkpoint: str | None) -> None:
+    """Raises UsageError where a checkpoint is named of a model or an adapter alone."""
+    if checkpoint is not None:
         raise UsageError("only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out")
 
 

@@ -104,7 +104,7 @@ class Catalog:
 
     def __init__(self, engine: BatchedEngine, opened: Opened, split: Split | None, reporter: Reporter) -> None:
         self._engine, self._base, self._reporter = engine, opened.base, reporter
-        self._quantization, self._known = opened.first.quantization, tokenizers_of(opened.adapters.values())
+        self._known = tokenizers_of(opened.adapters.values())
         self._tokenizer = opened.first.voice.tokenizer
         root = opened.base.reference[0]
         self.base = Served(opened.name, None, opened.voice, "", root)
@@ -202,10 +202,6 @@ class Catalog:
         place = str(saved.path)
         _require_decoder(answerer.voice)
         check_vocabulary(answerer.voice.tokenizer, self._tokenizer, place)
-        trained_on = (saved.quantization() or {}).get("kind")
-        if trained_on not in (None, self._quantization):
-            what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
-            raise ModelError(what, file=place, todo="serve it by a server of its own")
         self._engine.load_adapter(name, saved.path, self._reporter)
         kind = str(saved.config["peft_type"]).lower() if answerer.card is None else answerer.card.adapter.kind
         served = Served(name, name, answerer.voice, kind, place, self.base.name)

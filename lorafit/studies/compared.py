@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.console.reporting import Printed, say
+from lorafit.console.reporting import Printed, say, show_table
 from lorafit.console.wording import counted, near
 from lorafit.contracts import JsonObject
 from lorafit.files.atomic import FORMAT, atomic_file, write_json
@@ -165,17 +165,12 @@ class Compared(Printed):
 
     def render(self, console: Console) -> None:
         """The table, what follows, and where the rest is."""
-        from rich.table import Table
-
+        cells = self._table()
         for columns in (_QUALITY, _COST):
-            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-            for heading in columns:
-                is_word = heading in ("method", "verdict")
-                shown = self.headline if heading == "value" else heading
-                table.add_column(shown, justify="left" if is_word else "right", overflow="fold")
-            for cells in self._table():
-                table.add_row(*(cells[heading] for heading in columns))
-            console.print(table)
+            headings = [self.headline if heading == "value" else heading for heading in columns]
+            words = [number for number, heading in enumerate(columns) if heading in ("method", "verdict")]
+            lines = [[each[heading] for heading in columns] for each in cells]
+            show_table(console, headings, lines, words=words)
             console.print()
         for sentence in self.sentences:
             say(console, sentence)

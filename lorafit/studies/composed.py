@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import Printed, say
+from lorafit.console.reporting import Printed, say, show_table
 from lorafit.console.wording import counted, near
 from lorafit.contracts import JsonObject
 
@@ -118,13 +118,15 @@ class Composed(Printed):
         if self.share > _NEGLIGIBLE:
             worst = sorted(self.errors, key=lambda error: -error.share)[:SHOWN_LAYERS]
             rows: list[tuple[str, ...]] = [(e.layer, f"{e.error:.4g}", f"{100 * e.share:.2f} %") for e in worst]
-            _table(console, ("layers that lose most", "Frobenius norm", "of their update"), rows, words=(0,))
+            show_table(console, ("layers that lose most", "Frobenius norm", "of their update"), rows)
+            console.print()
         for one in self.scores:
             rows = [(who, each.show(each.base), each.span, each.verdict) for who, each in one.losses.items()]
             any_of = next(iter(one.losses.values()))
             rows.append(("the result", any_of.show(any_of.tuned), "", ""))
             headings = (f"{one.rows} ({counted(any_of.rows, 'row')})", "loss", "95 % interval of result - it", "result")
-            _table(console, headings, rows, words=(0, 3))
+            show_table(console, headings, rows, words=(0, 3))
+            console.print()
         if (fit := self.fitted) is not None:
             found = f"weights found on {counted(fit.rows, 'row')} of {fit.file}: {write_sum(fit.weights)}"
             say(console, f"{found}; loss there {fit.before:.4f} -> {fit.after:.4f}, from {write_sum(fit.started)}")
@@ -140,15 +142,3 @@ def write_sum(weights: Mapping[str, float]) -> str:
         sign = ("-" if weight < 0 else "") if not text else (" - " if weight < 0 else " + ")
         text += sign + (name if abs(weight) == 1 else f"{abs(weight):.4g}*{name}")
     return text
-
-
-def _table(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, name in enumerate(headings):
-        table.add_column(name, justify="left" if number in words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import Printed, full_block, say
+from lorafit.console.reporting import Printed, full_block, say, show_table
 from lorafit.console.wording import counted, list_names, near
 from lorafit.contracts import JsonObject
 from lorafit.studies.findings import find_dead, find_exploded, layer_of, name_layers, name_linears, name_modules
@@ -248,19 +247,19 @@ class Inspected(Printed):
             best = sorted(self.modules, key=lambda module: -(module.ratio or 0.0))[:_SHOWN]
             short = name_modules(own)
             say(console, f"by % of weight, the largest first{_of_all(len(own), 'modules')}:")
-            _show_table(
+            show_table(
                 console, ("module", *_OF_MODULES), [(short[module.name], *_show_module(module)) for module in best]
             )
             return
         say(console, f"by importance, the largest first{_of_all(len(ablation.parts), ablation.unit)}:")
         parts = sorted(ablation.parts, key=lambda part: -part.value)[:_SHOWN]
         if ablation.unit == "layers":
-            _show_table(console, ("layer", *_OF_PARTS), [(part.name, *_show_part(part, ablation)) for part in parts])
+            show_table(console, ("layer", *_OF_PARTS), [(part.name, *_show_part(part, ablation)) for part in parts])
             return
         short = name_modules(part.name for part in ablation.parts)
         ratios = [_figure(_percent(own[part.name].ratio)) if part.name in own else "-" for part in parts]
         lines = [(short[p.name], *_show_part(p, ablation), ratio) for p, ratio in zip(parts, ratios, strict=True)]
-        _show_table(console, ("module", *_OF_PARTS, "% of weight"), lines)
+        show_table(console, ("module", *_OF_PARTS, "% of weight"), lines)
 
 
 _SCALE = "||update|| / ||weight|| in per cent, Frobenius norms, by layer and linear"
@@ -305,25 +304,6 @@ def _of_all(count: int, what: str) -> str:
     return f"; {_SHOWN} of {count} {what}, all of them with --json or --output" if count > _SHOWN else ""
 
 
-def _show_table(console: Console, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Figures are never cut: where the screen is too narrow, headings wrap, then names do."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    cells = [max((len(line[at]) for line in lines), default=0) for at in range(len(headings))]
-    widths = [max(cell, len(heading)) for cell, heading in zip(cells, headings, strict=True)]
-    room = console.width - 2 * (len(headings) - 1)
-    if sum(widths) > room:
-        words = [max(map(len, heading.split())) for heading in headings]
-        widths[1:] = list(map(max, cells[1:], words[1:]))
-        widths[0] = max(words[0], min(widths[0], room - sum(widths[1:])))
-    for number, (heading, width) in enumerate(zip(headings, widths, strict=True)):
-        table.add_column(heading, justify="left" if number == 0 else "right", width=width, overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-
-
 def _show_heat_map(heat: HeatMap, block: str) -> Table:
     """Cells with a background where the terminal has colours; numbers everywhere."""
     from rich.table import Table
@@ -366,7 +346,7 @@ def _show_other(console: Console, other: Other) -> None:
         figures = _percent(pair.ratio), _percent(pair.other_ratio), norms, pair.cosine, pair.reads, pair.writes
         lines.append((short[pair.name], *map(_figure, figures)))
     headings = ("module", "% of weight", "other's", "other / this", "cosine", "overlap: reads", "writes")
-    _show_table(console, headings, lines)
+    show_table(console, headings, lines)
     for what, names in {"only here": other.missing, "only there": other.added}.items():
         if names:
             say(console, f"{what}: {len(names)}: {list_names(names)}")

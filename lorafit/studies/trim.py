@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import Printed, say
+from lorafit.console.reporting import Printed, say, show_table
 from lorafit.console.wording import near
 from lorafit.contracts import Examples, JsonObject, Reporter, Silent
 from lorafit.errors import DataError, UsageError
@@ -94,8 +94,6 @@ class Trimmed(Printed):
 
     def render(self, console: Console) -> None:
         """A line for each rank, the layers that lose most, and what follows."""
-        from rich.table import Table
-
         last = self.tried[-1]
         rows: list[tuple[str, ...]] = [
             (str(one.rank), _percent(one.share), one.loss.show(one.loss.tuned), one.loss.span, one.loss.verdict)
@@ -116,13 +114,8 @@ class Trimmed(Printed):
         if not last.errors:
             tables = [(headings[:1] + headings[2:], [row[:1] + row[2:] for row in rows])]
         for names, lines in tables:
-            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-            for number, name in enumerate(names):
-                is_word = name == "verdict" or (names is lost and number == 0)
-                table.add_column(name, justify="left" if is_word else "right", overflow="fold")
-            for line in lines:
-                table.add_row(*line)
-            console.print(table)
+            words = [at for at, name in enumerate(names) if name == "verdict" or (names is lost and at == 0)]
+            show_table(console, names, lines, words=words)
             console.print()
         if self.output is None:
             say(
