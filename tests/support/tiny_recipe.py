@@ -70,3 +70,20 @@ def make_recipe(folder: Path, **sections: Any) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     return recipe
+
+
+def train_tiny(folder: Path, **rows: list[dict[str, Any]]) -> Path:
+    """A finished run in `folder`, for a module's tests: `make_recipe`'s, rows of its splits as given."""
+    import pytest
+
+    import lorafit
+    from tests.support.tiny_model import make_base
+
+    make_base(folder / "base")
+    recipe = make_recipe(folder, evaluation={"final": ["perplexity"]})
+    for split, own in rows.items():
+        write_rows(folder / f"{split}.jsonl", own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
+        lorafit.train(recipe, quiet=True)
+    return folder / "run"

@@ -33,7 +33,7 @@ from lorafit.run.workspace import open_run
 from tests.support.adapted import load, logits, open_base, randomise
 from tests.support.pretended_hub import Handler, Hub, pretended_hub
 from tests.support.tiny_model import make_base
-from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
+from tests.support.tiny_recipe import make_rows, train_tiny
 
 FORMS = [
     ("lora", {}),
@@ -48,14 +48,11 @@ FORMS = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    make_base(folder / "base")
-    recipe = make_recipe(folder, evaluation={"final": ["perplexity"]})
-    write_rows(folder / "test.jsonl", make_rows(12, first=200))
+    found = train_tiny(folder, test=make_rows(12, first=200))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
-        lorafit.train(recipe, quiet=True)
         lorafit.evaluate(folder / "run", quiet=True)
-    return folder / "run"
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,7 @@ from lorafit.model.attach import attach_adapter
 from lorafit.model.updates import UpdateReader
 from lorafit.studies.findings import find_dead, find_exploded, name_layers, name_linears, name_modules
 from tests.support.adapted import load, make_gpt2, make_llama, open_base, train_like
-from tests.support.tiny_model import make_base
-from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
+from tests.support.tiny_recipe import make_rows, train_tiny, write_rows
 
 LOW_RANK = {"r": 6, "alpha": 9, "dropout": 0.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -188,13 +187,7 @@ def test_what_changes_no_weight_is_refused(tmp_path: Path, kind: str) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    make_base(folder / "base")
-    recipe = make_recipe(folder, evaluation={"final": ["perplexity"]})
-    write_rows(folder / "valid.jsonl", make_rows(3, first=100))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
-        lorafit.train(recipe, quiet=True)
-    return folder / "run"
+    return train_tiny(folder, valid=make_rows(3, first=100))
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,7 @@ from lorafit.model.attach import attach_adapter, open_adapter
 from lorafit.model.trim import Trimming
 from lorafit.studies import trim as trimmed
 from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base, randomise
-from tests.support.tiny_model import make_base
-from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
+from tests.support.tiny_recipe import make_rows, train_tiny
 
 LORA = {"r": 6, "alpha": 9, "dropout": 0.0}
 
@@ -114,13 +113,7 @@ def test_what_is_no_product_of_two_matrices_is_refused_by_the_name_of_the_recipe
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trim")
-    make_base(folder / "base")
-    recipe = make_recipe(folder, evaluation={"final": ["perplexity"]})
-    write_rows(folder / "valid.jsonl", make_rows(12, first=100))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
-        lorafit.train(recipe, quiet=True)
-    return folder / "run"
+    return train_tiny(folder, valid=make_rows(12, first=100))
 
 
 @pytest.fixture(autouse=True)
