@@ -28,6 +28,7 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import StepMemory, StepShape, covers, find_largest, fits
 from lorafit.memory.peak import ALLOCATOR_FACTOR
 from lorafit.ops.recomputed_layers import Checkpointing
+from lorafit.plan.recipe_step import with_room
 
 LEAST_ROW_TOKENS = 8
 MOST_SWITCHES = 3
@@ -114,8 +115,9 @@ def _smaller_weights(step: StepShape) -> Iterator[Switch]:
         nested = quantizations.bind(section.model_copy(update={"double_quant": True}))
         yield Switch("model.quantization.double_quant", "true", 1, lambda asked: asked.changed(quantization=nested))
     if step.keeps_unpacked:
+        packed = quantizations.bind(section.model_copy(update={"keep_unpacked": False}))
         key = "model.quantization.keep_unpacked"
-        yield Switch(key, "false", 1, lambda asked: asked.changed(keeps_unpacked=False))
+        yield Switch(key, "false", 1, lambda asked: asked.changed(keeps_unpacked=False, quantization=packed))
     nf4 = quantizations.make("nf4")
     takes_nf4 = refusal(step.adapter.section, nf4) is None
     if step.model.linears and section.kind not in ("nf4", "fp4") and takes_nf4:
@@ -157,7 +159,7 @@ class Enough:
 
     Attributes:
         flags: `--set KEY=VALUE`, each.
-        needed_bytes: What it needs with all of them.
+        needed_bytes: What the recipe with all of them needs, what `auto` gives where there is room again included.
     """
 
     flags: tuple[str, ...]
@@ -204,6 +206,10 @@ def find_enough(now: StepMemory, checkpointing: Checkpointing, device: DeviceFac
     def needs(chosen: tuple[Switch, ...]) -> int:
         return _with(now, chosen).settle(device, headroom)[0].needed_bytes
 
+    def enough(chosen: tuple[Switch, ...]) -> Enough:
+        memory, _ = with_room(_with(now, chosen), device, headroom).settle(device, headroom)
+        return Enough(tuple(one.flag for one in chosen), memory.needed_bytes)
+
     possible = [switch for switch in switches(now, checkpointing) if switch.price is not None]
     needed = needs(())
     saved = {switch.flag: needed - needs((switch,)) for switch in possible}
@@ -212,7 +218,7 @@ def find_enough(now: StepMemory, checkpointing: Checkpointing, device: DeviceFac
         if not covers(now.step) and sum(saved[one.flag] for one in chosen) < needed - limit:
             continue
         if needs(chosen) <= limit:
-            return Enough(tuple(one.flag for one in chosen), needs(chosen))
+            return enough(chosen)
     best: tuple[int, tuple[Switch, ...]] | None = None
     others: tuple[Switch, ...] = ()
     while True:
@@ -225,7 +231,7 @@ def find_enough(now: StepMemory, checkpointing: Checkpointing, device: DeviceFac
             best = longest, (*others, shorter_rows(longest))
         left = [one for one in possible if one.key not in {other.key for other in others}]
         if len(others) == MOST_SWITCHES - 1 or not left:
-            return best and Enough(tuple(one.flag for one in best[1]), needs(best[1]))
+            return best and enough(best[1])
         others = min(((*others, one) for one in left), key=needs)
 
 

@@ -107,11 +107,14 @@ def recipe_step(
     step = _packed(step, is_open=recipe.model.attention == "auto")
     checkpointing = _checkpointing(recipe, step)
     tokens = given(recipe.training.micro_batch_tokens)
-    asked = _with_chunks(StepMemory(step, engine, tokens, checkpointing), device, headroom)
-    step_tokens = longest * math.ceil(recipe.training.batch_size / (device.count if device else 1))
+    return with_room(StepMemory(step, engine, tokens, checkpointing), device, headroom)
+
+
+def with_room(asked: StepMemory, device: DeviceFacts | None, headroom: float) -> StepMemory:
+    """The step with what is faster where the device has room for it: larger chunks of the loss, unpacked copies."""
+    asked = _with_chunks(asked, device, headroom)
     kept = asked.changed(keeps_unpacked=True)
-    keeps = _keeps_unpacked(asks_to_keep(quantization.section), kept, step_tokens, device, headroom)
-    return kept if keeps else asked
+    return kept if _keeps_unpacked(kept, device, headroom) else asked
 
 
 def _checkpointing(recipe: Recipe, step: StepShape) -> Checkpointing | None:
@@ -152,10 +155,9 @@ def _with_chunks(asked: StepMemory, device: DeviceFacts | None, headroom: float)
     return larger if without is None and fits(found, device.memory_bytes, headroom) else asked
 
 
-def _keeps_unpacked(
-    asked: bool | None, kept: StepMemory, step_tokens: int, device: DeviceFacts | None, headroom: float
-) -> bool:
+def _keeps_unpacked(kept: StepMemory, device: DeviceFacts | None, headroom: float) -> bool:
     """Whether copies are kept: where there are any, and they are asked for or the device has room."""
+    asked = asks_to_keep(kept.step.quantization.section)
     copies = unpacked_weights_bytes(kept.step) if asked is not False else 0
     if not copies or asked:
         return copies > 0
@@ -166,6 +168,7 @@ def _keeps_unpacked(
         if copies > MOST_OF_MEMORY * device.memory_bytes:
             return False
     else:
+        step_tokens = kept.step.row_tokens * kept.step.held_rows // 2
         tokens = max(tokens, min(WIDE_TOKENS, step_tokens)) if kept.tokens is None else tokens
         checkpointing = kept.changed(keeps_unpacked=False).settle(device, headroom)[0].gradient_checkpointing
     return fits(kept.at(tokens, checkpointing), device.memory_bytes, headroom)

@@ -437,6 +437,25 @@ def test_the_cheapest_switches_are_enough(size: int, keys: list[str]) -> None:
         assert not estimated([*flags[:-1], f"{key}={int(longest) + 1}"]).fits
 
 
+@pytest.mark.parametrize(("size", "keeps", "key"), [(40, "auto", "micro_batch_tokens"), (18, True, "keep_unpacked")])
+def test_what_is_enough_needs_what_is_said_with_the_copies_that_auto_then_keeps(
+    size: int, keeps: bool | str, key: str
+) -> None:
+    asked = {
+        **WASTEFUL,
+        "model": {"base": "x/y", "quantization": {"kind": "nf4", "keep_unpacked": keeps}},
+        "training": {"optimizer": "adamw_8bit", "micro_batch_tokens": 65536 if keeps == "auto" else 256},
+        "data": {"train": "rows.jsonl", "max_length": 256},
+    }
+    shape, options = shape_of(), Options(gpu=card(size))
+    found = estimate_recipe(load_recipe(asked, []).recipe, shape, options=options)
+    assert found.enough is not None and key in found.enough.shown
+    flags = [word for word in shlex.split(found.enough.shown) if word != "--set"]
+    pasted = estimate_recipe(load_recipe(asked, flags).recipe, shape, options=options)
+    assert pasted.asked.step.keeps_unpacked is (keeps == "auto")
+    assert pasted.fits and pasted.memory.needed_bytes == found.enough.needed_bytes
+
+
 def test_layers_that_the_closed_form_does_not_count_are_named() -> None:
     said = "too low: 36 of 48 layers carry a state along the row (Mamba, linear attention)"
     scanning = replace(shape_of(), layers=48, scanning_layers=36)
