@@ -10,19 +10,18 @@ is that of most layers, so that an adapter of plain LoRA stays as it is, to the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.files.safetensors import read_rows
+from lorafit.files.safetensors import TensorEntry
 from lorafit.kinds.folding import why_unknown
 from lorafit.model.adapter import AdapterFolder
-from lorafit.model.low_rank import PREFIX, LowRankLayer, read_low_rank
-
-_FACTOR_NAMES = (".lora_A.weight", ".lora_B.weight")
+from lorafit.model.low_rank import PREFIX
+from lorafit.model.saved_layers import SavedLayers
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class FoldedAdapter:
 
     Args:
         saved: It.
+        base: Tensors of its base's files by name.
         ranks: `own`: an engine divides alpha by the rank of each layer's tensors. `one`: by the largest for all.
         target: The export, for messages.
 
@@ -52,63 +52,84 @@ class FoldedAdapter:
         alpha: a.
         rank: The largest.
         folded: How many layers' B differ from what was trained.
+        layers: Those with a rank: AdaLoRA may leave a linear none.
 
     Raises:
-        ModelError: It is no low-rank adapter, or holds more than that.
+        ModelError: What it adds to some weight is no product of two matrices, or it holds more than that.
     """
 
-    def __init__(self, saved: AdapterFolder, ranks: str, target: str) -> None:
+    def __init__(self, saved: AdapterFolder, base: Mapping[str, TensorEntry], ranks: str, target: str) -> None:
         merged = "merge it: --to gguf, or lorafit merge"
         try:
-            self._layers = read_low_rank(saved)
+            own = SavedLayers(saved)
         except ModelError as error:
+            if error.file:
+                raise
             why = why_unknown(error)
-            todo = (
-                f"{merged}; or make plain LoRA of it with lorafit compose"
-                if why is None
-                else "answer with it beside its base: --to peft"
-            )
-            what = f"{target} cannot hold this adapter: {why or error.what}"
-            raise ModelError(what, file=str(saved.path), todo=todo) from error
-        extra = [name for name in saved.tensors if not name.endswith(_FACTOR_NAMES)]
-        if extra:
-            what = (
-                f"{target} holds products beside linears alone, and this adapter trains more ({_kinds(saved.config)})"
-            )
-            raise ModelError(what, file=str(saved.path), todo=merged)
-        self.rank = max(layer.rank for layer in self._layers.values())
-        self._own = ranks == "own"
-        products = Counter(self._product(layer) for layer in self._layers.values())
-        self.alpha = products.most_common(1)[0][0] or float(self.rank)
-        if not (self._own or self.alpha.is_integer()):  # vLLM's lora_alpha is a whole number
+            todo = "answer with it beside its base: --to peft" if why else merged
+            raise _refused(saved, target, why or error.what, todo) from error
+        if own.whole or own.embeddings:
+            what = f"it trains more than products beside linears ({_kinds(saved.config)})"
+            raise _refused(saved, target, what, merged)
+        found = {path: _Trained.of(own, path, base) for path in own.layers}
+        if None in found.values():
+            todo = f"{merged}; or make plain LoRA of it with lorafit compose"
+            raise _refused(saved, target, own.why_no_product, todo)
+        trained = {path: layer for path, layer in found.items() if layer is not None and len(layer.a)}
+        if not trained:
+            raise _refused(saved, target, "no linear of it is left a rank", "train it anew")
+        self.rank = max(len(layer.a) for layer in trained.values())
+        products = {
+            path: layer.scaling * (len(layer.a) if ranks == "own" else self.rank) for path, layer in trained.items()
+        }
+        self.alpha = Counter(products.values()).most_common(1)[0][0] or float(self.rank)
+        if not (ranks == "own" or self.alpha.is_integer()):  # vLLM's lora_alpha is a whole number
             self.alpha = float(self.rank)
-        self.folded = sum(count for product, count in products.items() if product != self.alpha)
+        self.folded = sum(product != self.alpha for product in products.values())
+        self.layers = [layer.folded(path, products[path] / self.alpha) for path, layer in trained.items()]
 
     @property
     def paths(self) -> list[str]:
         """Of the linears."""
-        return list(self._layers)
-
-    def _product(self, layer: LowRankLayer) -> float:
-        """The alpha with which an engine would compute the layer's s."""
-        return layer.scaling * (layer.rank if self._own else self.rank)
-
-    def layers(self) -> Iterator[FoldedLayer]:
-        """One after the other, read from the file."""
-        for path, layer in self._layers.items():
-            a, b = (read_rows(layer.factors[part]) for part in "AB")
-            share = self._product(layer) / self.alpha
-            yield FoldedLayer(path, a.float(), b.float() if share == 1 else (b.double() * share).float())
+        return [layer.path for layer in self.layers]
 
     def by_name(self) -> dict[str, torch.Tensor]:
         """PEFT's tensors, every one padded with zeros to the largest rank."""
         found: dict[str, torch.Tensor] = {}
-        for layer in self.layers():
+        for layer in self.layers:
             wide = layer.a.new_zeros(self.rank, layer.a.shape[1])
             tall = layer.b.new_zeros(layer.b.shape[0], self.rank)
             wide[: len(layer.a)], tall[:, : len(layer.a)] = layer.a, layer.b
             found |= {f"{PREFIX}{layer.path}.lora_A.weight": wide, f"{PREFIX}{layer.path}.lora_B.weight": tall}
         return found
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A layer as it was trained: A `[r, in]` and B `[out, r]` in fp32, and s."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, own: SavedLayers, path: str, base: Mapping[str, TensorEntry]) -> _Trained | None:
+        """None where what it adds is no product."""
+        fold, weight = own.fold(path), base.get(f"{path}.weight")
+        is_transposed = bool(own.saved.config.get("fan_in_fan_out"))
+        inputs = None if weight is None else weight.as_matrix().shape[0 if is_transposed else 1]
+        found = None if fold is None else fold.factors(inputs)
+        if fold is None or found is None:
+            return None
+        return cls(found[1].float(), (found[0] / (fold.scaling or 1.0)).float(), fold.scaling)
+
+    def folded(self, path: str, share: float) -> FoldedLayer:
+        """With so much of its scale in B."""
+        return FoldedLayer(path, self.a, self.b if share == 1 else (self.b.double() * share).float())
+
+
+def _refused(saved: AdapterFolder, target: str, why: str, todo: str) -> ModelError:
+    return ModelError(f"{target} cannot hold this adapter: {why}", file=str(saved.path), todo=todo)
 
 
 def _kinds(config: JsonMapping) -> str:

@@ -37,15 +37,15 @@ def write_adapter(source: Source, file: Path) -> list[str]:
     """Writes an adapter as GGUF; gives back what was changed for llama.cpp, and what its base must be."""
     saved, base = source.require_adapter(), source.base
     architecture = Architecture.of(base.config, base.shown)
-    adapter = FoldedAdapter(saved, "own", "a GGUF adapter")
     entries = read_index(base.path)
+    adapter = FoldedAdapter(saved, entries, "own", "a GGUF adapter")
     lost = [path for path in adapter.paths if f"{path}.weight" not in entries]
     if lost or (base.config.get("tie_word_embeddings") and "lm_head" in adapter.paths):
         what = f"a GGUF of the base has no tensor '{(lost or ['lm_head'])[0]}' of its own to put an adapter on"
         raise ModelError(what, file=str(saved.path), todo="merge it: --to gguf")
     names = architecture.name_tensors([f"{path}.weight" for path in adapter.paths], base.shown)
     tensors = []
-    for layer in adapter.layers():
+    for layer in adapter.layers:
         name = names[f"{layer.path}.weight"]
         turned = architecture.heads_turned(layer.path)
         tensors += [GgufTensor(f"{name}.lora_a", layer.a), GgufTensor(f"{name}.lora_b", layer.b, turned)]

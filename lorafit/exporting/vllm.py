@@ -17,17 +17,19 @@ from lorafit.exporting.peft import base_name, prove_peft, require_provable, writ
 from lorafit.exporting.source import Source
 from lorafit.files.atomic import atomic_dir
 from lorafit.files.safetensors import read_index
+from lorafit.model.low_rank import method_of
 from lorafit.model.tokenizer_files import TEMPLATE
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be. Source: vllm.config.lora, MaxLoRARanks."""
+_OF_ANY_TYPE = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out")
 
 
 def export(source: Source, output: Path) -> Exported:
     """Writes the folder."""
     require_provable(source)
     saved = source.require_adapter()
-    adapter = FoldedAdapter(saved, "one", "vLLM")
+    adapter = FoldedAdapter(saved, read_index(source.base.path), "one", "vLLM")
     if adapter.rank > _RANKS[-1]:
         what = f"vLLM takes ranks up to {_RANKS[-1]}, and the adapter's is {adapter.rank}"
         todo = f"make it smaller with lorafit trim --rank {_RANKS[-1]}, or merge it"
@@ -51,8 +53,10 @@ def _config(source: Source, adapter: FoldedAdapter) -> JsonObject:
     alike = {
         name.removesuffix(".weight") for name in entries if name.removesuffix(".weight").rpartition(".")[2] in ends
     }
+    is_lora = saved.config["peft_type"] == "LORA"  # the others' keys say nothing of a LoRA
     return {
-        **saved.config,
+        **(saved.config if is_lora else {key: saved.config.get(key) for key in _OF_ANY_TYPE}),
+        "peft_type": "LORA",
         "r": adapter.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": False,
@@ -68,7 +72,10 @@ def _config(source: Source, adapter: FoldedAdapter) -> JsonObject:
 
 def _mended(source: Source, adapter: FoldedAdapter) -> list[str]:
     """What differs from the trained folder, and what vLLM does that training did not."""
-    config, notes = source.require_adapter().config, []
+    saved = source.require_adapter()
+    config, notes = saved.config, []
+    if config["peft_type"] != "LORA":
+        notes.append(f"{method_of(saved)} is written as plain LoRA: what it adds is a product of two matrices")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         what = f"ranks or scales differ from layer to layer, which vLLM ignores: all have rank {adapter.rank} now"
         notes.append(f"{what}, filled up with zeros, and their scales are in B")

@@ -33,7 +33,13 @@ def compile_layers(pattern: str) -> re.Pattern[str]:
 
 
 class Fold(ABC):
-    """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time."""
+    """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time.
+
+    Attributes:
+        scaling: The number that all of `factors`' left one has been multiplied by.
+    """
+
+    scaling: float = 1.0
 
     @abstractmethod
     def apply(self, weight: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
@@ -56,8 +62,12 @@ class Fold(ABC):
     def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
         """What it adds to some rows of the base's weight, fp64."""
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Left `[rows, r]` and right `[r, columns]` in fp64, whose product is added to all rows; None where none is."""
+    def factors(self, columns: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Left `[rows, r]` and right `[r, columns]` in fp64, whose product is added to all rows; None where none is.
+
+        Args:
+            columns: Of the base's weight; None where they are not known, which some products need.
+        """
         return None
 
 

@@ -20,11 +20,12 @@ import torch
 from lorafit.console.wording import list_names
 from lorafit.contracts import Reporter
 from lorafit.errors import ModelError
-from lorafit.files.safetensors import TensorEntry, read_rows
-from lorafit.kinds.folding import AdaptedLayer, why_unknown
+from lorafit.files.safetensors import read_rows
+from lorafit.kinds.folding import why_unknown
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.low_rank import PREFIX, method_of
 from lorafit.model.products import LayerError, Product
+from lorafit.model.saved_layers import SavedLayers
 from lorafit.model.tokenizer_files import TokenizerFolder
 from lorafit.ops.task_vectors import dare, ties
 from lorafit.run.card import RunCard
@@ -34,9 +35,7 @@ Rank = int | float | None
 """Of every layer; or as a share, such as 0.01, the smallest that leaves out no more of its update; None: all ranks."""
 BaseChanges = Callable[[str], torch.Tensor]
 """What an adapter changes in the weight of its base at a layer's path, `[out, in]` in fp64."""
-_WHOLE = {"modules_to_save": None, "trainable_token_indices": None}
 _BASE_COPY = ".base_layer."
-_EMBEDDING = ".lora_embedding_A"
 
 
 class Part:
@@ -53,38 +52,13 @@ class Part:
     def __init__(self, name: str, saved: AdapterFolder) -> None:
         self.name, self.saved = name, saved
         try:
-            self._folding = saved.kind.folding({**saved.config, **_WHOLE})
+            self._saved_layers = SavedLayers(saved)
         except ModelError as error:
-            raise self.refusal(why_unknown(error) or error.what) from error
-        if self._folding.copies is not None:
-            raise self.refusal("it trains copies of whole layers, which take the place of the base's")
-        if saved.config.get("target_parameters"):
-            raise self.refusal("it adapts experts that are stacked in one parameter (target_parameters)")
-        layers: dict[str, dict[str, TensorEntry]] = {}
-        self.whole: dict[str, TensorEntry] = {}
-        shared = {part: saved.tensors[name] for name, part in self._folding.shared.items() if name in saved.tensors}
-        for name_on_disk, entry in saved.tensors.items():
-            place = self._folding.place(name_on_disk)
-            if place is not None:
-                layers.setdefault(place[0], dict(shared))[place[1]] = entry
-            elif name_on_disk not in self._folding.shared:
-                self.whole[name_on_disk] = entry
-        marks = (name.partition(_EMBEDDING) for name in saved.tensors)
-        self.embeddings = {before.removeprefix(PREFIX) for before, mark, _ in marks if mark}
-        missing = [f"{path}: {part}" for path, found in layers.items() for part in self._parts - found.keys()]
-        if missing or not layers:
-            what = f"lacks tensors of its layers ({list_names(missing)})" if missing else "it changes no linear"
-            raise self.refusal(what, "get the whole adapter" if missing else "leave it out")
-        self.layers = {path: AdaptedLayer(found, path) for path, found in layers.items()}
-        for path, layer in self.layers.items():
-            try:
-                self._folding.shape(layer)
-            except ModelError as error:
-                raise error.at(file=str(saved.path), key=path) from error
-
-    @property
-    def _parts(self) -> set[str]:
-        return set(self._folding.parts.values())
+            why = why_unknown(error)
+            told = self.refusal(why or error.what, "leave it out" if why or not error.todo else error.todo)
+            raise error if error.file else told from error
+        self.layers, self.whole = self._saved_layers.layers, self._saved_layers.whole
+        self.embeddings = self._saved_layers.embeddings
 
     @property
     def method(self) -> str:
@@ -99,32 +73,26 @@ class Part:
     @cached_property
     def why_no_product(self) -> str | None:
         """The arithmetic for which its updates cannot be summed by their factors; None where they can."""
-        if all(self._factors(layer) is not None for layer in self.layers.values()):
+        if all(self._factors(path) is not None for path in self.layers):
             return None
-        formula = self._folding.new_weight
-        return f"the new weight of {self.method} is {formula}: what it adds is no product of two matrices for every W"
+        return self._saved_layers.why_no_product
 
     def product(self, path: str) -> Product | None:
         """What it adds to a layer; None where it has nothing there."""
-        layer = self.layers.get(path)
-        if layer is None:
+        if path not in self.layers:
             return None
-        found = self._factors(layer)
+        found = self._factors(path)
         assert found is not None, "why_no_product was asked"
         return Product(found[1], found[0])
 
-    def _factors(self, layer: AdaptedLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """B with its scale and A, by the fold that merges; None where it has none, or must see the base's weight."""
-        rows, _ = self._folding.shape(layer)
-        return None if rows is None else self._folding.fold(layer, 0, 0, rows, _no_base).factors()
+        fold = self._saved_layers.fold(path)
+        return None if fold is None else fold.factors(None)
 
     def refusal(self, why: str, todo: str = "leave it out") -> ModelError:
         """That it cannot be part of a sum."""
         return ModelError(f"'{self.name}' cannot be summed: {why}", file=str(self.saved.path), todo=todo)
-
-
-def _no_base(first: int, stop: int) -> torch.Tensor:
-    raise AssertionError("a fold of rows that lie [out, in] reads no base before it is applied")
 
 
 def check_one_base(parts: Sequence[Part], reporter: Reporter, *, is_named: bool = False) -> None:

@@ -107,11 +107,11 @@ class UpdateReader:
         is_finite = all(map(_is_finite, _tensors(places)))
         for tensor, stretch in places:
             source = self._sources.open(tensor, stretch if is_finite else replace(stretch, patch=None))
-            factors = source.fold.factors() if source.fold is not None else None
+            count, columns = stretch.stop - stretch.start, self._entries[tensor].as_matrix().row_elements
+            factors = source.fold.factors(columns) if source.fold is not None else None
             if factors is not None:
                 pieces.append(factors[0])
                 right = factors[1]
-            count, columns = stretch.stop - stretch.start, self._entries[tensor].as_matrix().row_elements
             rows += count
             for start, stop in row_blocks(count, columns):
                 weight = source.rows.read(stretch.first + start, stretch.first + stop).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,10 +54,10 @@ def load(base: Base, kind: str = "none", *, dtype: torch.dtype = torch.float32, 
 
 
 def randomise(model: Any, seed: int = 3) -> None:
-    """Gives lora_B values, as training would."""
+    """Gives what starts at zero values, as training would."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if any(mark in name for mark in ("lora_", "vera_lambda", "miss_", "ia3_")):
             parameter.data = torch.randn_like(parameter) * 0.05
 
 
@@ -100,6 +101,15 @@ def train_like(base: Base, kind: str, *, dtype: torch.dtype = torch.float32, **s
     folder.mkdir()
     save_adapter(model, folder, base=base, quantization=used)
     return Trained(base, folder, used, model)
+
+
+def added(layer: Any) -> torch.Tensor:
+    """What one of PEFT's layers adds to its weight, `[out, in]`, fp64: by its answers to the unit vectors."""
+    exact = copy.deepcopy(layer).double().eval()
+    unit = torch.eye(exact.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        found: torch.Tensor = (exact(unit) - exact.base_layer(unit)).t()
+    return found
 
 
 def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -26,6 +26,8 @@ _TENSORS_KEPT = 4  # those of one layer, and two that all layers share
 
 Change = Callable[["torch.Tensor", int], "torch.Tensor"]
 """New weights of some outputs, of the old ones `[outputs, in]` in fp64 and the number of the first output."""
+Factors = Callable[[int], "tuple[torch.Tensor, torch.Tensor] | None"]
+"""Left `[rows, r]` and right `[r, columns]` of what is added, fp64, by the weight's columns."""
 
 L_co = TypeVar("L_co", bound=LinearsSection, covariant=True)
 
@@ -115,6 +117,10 @@ class LinearFolding(Folding):
     def change(self, layer: AdaptedLayer) -> Change:
         """From the old weight of some outputs to the new one."""
 
+    def product(self, layer: AdaptedLayer, inputs: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Left `[out, r]` and right `[r, in]` whose product is added to any weight; None where none is."""
+        return None
+
     def fold(
         self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
     ) -> DenseFold:
@@ -125,7 +131,12 @@ class LinearFolding(Folding):
         """
         change = self.change(layer)
         if not layer.transposed:
-            return DenseFold(lambda weight, first: change(weight, first_row + first))
+
+            def factors(columns: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+                made = self.product(layer, columns)
+                return made and (made[0][first_row:stop_row], made[1])
+
+            return DenseFold(lambda weight, first: change(weight, first_row + first), factors)
         inputs = self.features(layer)[0]
         if first_row != 0 or inputs not in (None, stop_row):
             raise ModelError("a weight that lies [in, out] cannot be merged where it is several tensors")
@@ -142,10 +153,11 @@ class DenseFold(Fold):
 
     Args:
         change: From rows of the weight, fp64, and the number of the first of them, to the new ones.
+        factors: See `Fold.factors`, by the weight's columns.
     """
 
-    def __init__(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
-        self._change = change
+    def __init__(self, change: Change, factors: Factors = lambda columns: None) -> None:
+        self._change, self._factors = change, factors
 
     def apply(self, weight: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
         """`out` becomes the changed weight; see `Fold`."""
@@ -165,6 +177,10 @@ class DenseFold(Fold):
         """The new rows less the old ones; see `Fold`."""
         wide = weight.double()
         return self._change(wide, first_row) - wide
+
+    def factors(self, columns: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """By the method, where it adds the same to any weight; see `Fold`."""
+        return None if columns is None else self._factors(columns)
 
 
 def _read_fp64(entry: TensorEntry) -> torch.Tensor:

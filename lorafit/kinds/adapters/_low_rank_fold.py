@@ -35,7 +35,7 @@ class LowRankFold(Fold):
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-        self._left, self._right, self._scaling = left, right, scaling
+        self._left, self._right, self.scaling = left, right, scaling
 
     def apply(self, weight: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
         """`out` becomes the changed weight; see `Fold`."""
@@ -45,7 +45,7 @@ class LowRankFold(Fold):
         for start, stop in row_blocks(*weight.shape, elements=_CACHED_ELEMENTS):
             wide = buffer[: (stop - start) * weight.shape[1]].view(stop - start, -1)
             left = self._left[first_row + start : first_row + stop]
-            wide.copy_(weight[start:stop]).addmm_(left, self._right, alpha=self._scaling)
+            wide.copy_(weight[start:stop]).addmm_(left, self._right, alpha=self.scaling)
             self.finish(wide, first_row + start)
             out[start:stop].copy_(wide)
 
@@ -62,13 +62,13 @@ class LowRankFold(Fold):
     def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
         """s * B A, or what a method makes of the sum, less W; see `Fold`."""
         wide, rows = weight.double(), slice(first_row, first_row + len(weight))
-        changed = wide.addmm(self._left[rows].double(), self._right.double(), alpha=self._scaling)
+        changed = wide.addmm(self._left[rows].double(), self._right.double(), alpha=self.scaling)
         self.finish(changed, first_row)
         return changed.sub_(wide)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def factors(self, columns: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """s B and A; see `Fold`."""
-        return self._left.double() * self._scaling, self._right.double()
+        return self._left.double() * self.scaling, self._right.double()
 
     def finish(self, changed: torch.Tensor, first_row: int, bound: torch.Tensor | None = None) -> None:
         """Makes the result of W + s * B A, in place, where a method does more with it.
@@ -85,7 +85,7 @@ class LowRankFold(Fold):
         left, right, left_norms, right_norms, buffers = self._proof
         exact, got, bound, error = (buffer[: weight.numel()].view(weight.shape) for buffer in buffers)
         rows = slice(first_row, first_row + len(weight))
-        exact.copy_(weight).addmm_(left[rows], right, alpha=self._scaling)
+        exact.copy_(weight).addmm_(left[rows], right, alpha=self.scaling)
         share = (right.shape[0] + 2) * FP32_ROUNDOFF
         bound.copy_(weight).abs_().addmm_(left_norms[rows], right_norms, beta=share, alpha=share)
         self.finish(exact, first_row, bound)
@@ -100,7 +100,7 @@ class LowRankFold(Fold):
         import torch
 
         left, right = self._left.double(), self._right.double()
-        left_norms = (left.norm(dim=1) * abs(self._scaling)).float()[:, None]
+        left_norms = (left.norm(dim=1) * abs(self.scaling)).float()[:, None]
         size = max(right.shape[1], _CACHED_ELEMENTS)
         buffers = (*torch.empty(2, size, dtype=torch.float64), *torch.empty(2, size))
         return left, right, left_norms, right.norm(dim=0).float()[None], buffers

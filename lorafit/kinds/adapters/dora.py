@@ -105,7 +105,7 @@ class DoraFold(LowRankFold):
         super().__init__(left, right, scaling)
         self._lengths, self._of_columns = lengths, of_columns
 
-    def factors(self) -> None:
+    def factors(self, columns: int | None) -> None:
         """None: rows get other lengths."""
 
     def finish(self, changed: torch.Tensor, first_row: int, bound: torch.Tensor | None = None) -> None:

@@ -60,6 +60,14 @@ class MissFolding(LinearFolding):
 
         return change
 
+    def product(self, layer: AdaptedLayer, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """D^T, and the unit rows one behind the other."""
+        import torch
+
+        left = self.read(layer.tensors["D"]).t()
+        ranks = left.shape[1]
+        return left, torch.eye(ranks, dtype=left.dtype).repeat(1, -(-inputs // ranks))[:, :inputs]
+
 
 @adapters.register(MissSection)
 class Miss(AtLinears[MissSection]):

@@ -63,13 +63,21 @@ class VeraFolding(LinearFolding):
 
     def change(self, layer: AdaptedLayer) -> Change:
         """W + diag(b) B diag(d) A."""
-        b, d, left, right = (self.read(layer.tensors[part]) for part in ("b", "d", "B", "A"))
-        left = b[:, None] * left[: len(b)] * d
+        left, right = self._factors(layer)
 
         def change(weight: torch.Tensor, first: int) -> torch.Tensor:
             return weight.addmm(left[first : first + len(weight)], right[:, : weight.shape[1]])
 
         return change
+
+    def product(self, layer: AdaptedLayer, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """diag(b) B diag(d), and so many columns of A."""
+        left, right = self._factors(layer)
+        return left, right[:, :inputs]
+
+    def _factors(self, layer: AdaptedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        b, d, left, right = (self.read(layer.tensors[part]) for part in ("b", "d", "B", "A"))
+        return b[:, None] * left[: len(b)] * d, right
 
 
 @adapters.register(VeraSection)

@@ -26,14 +26,14 @@ from lorafit.exporting.exported import Wish
 from lorafit.exporting.model_card import _use
 from lorafit.exporting.source import open_source
 from lorafit.facts import ModelClass
-from lorafit.kinds.adapters import adapters
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter
 from lorafit.run.workspace import open_run
-from tests.support.adapted import load, logits, open_base, randomise
+from tests.support.adapted import added, load, logits, open_base, randomise
 from tests.support.pretended_hub import Handler, Hub, pretended_hub
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_rows, train_tiny
+from tests.unit.exporting.test_gguf import low_rank_section
 
 FORMS = [
     ("lora", {}),
@@ -42,6 +42,9 @@ FORMS = [
     ("lora", {"ranks": {"q_proj": 2, "down_proj": 9}}),
     ("rslora", {"ranks": [2, 5]}),
     ("lora", {"layers": {"last": 1}}),
+    ("adalora", {"init_r": 8}),
+    ("vera", {}),
+    ("miss", {}),
 ]
 
 
@@ -63,8 +66,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def adapted(folder: Path, kind: str = "lora", **fields: Any) -> tuple[Any, Path]:
     base = open_base(make_base(folder / "base"))
-    section = {"r": 6, "alpha": 9, "dropout": 0.0} | fields
-    model = attach_adapter(load(base), adapters.make_section(kind, **section), 0)
+    model = attach_adapter(load(base), low_rank_section(kind, **fields), 0)
     randomise(model)
     (folder / "adapter").mkdir()
     save_adapter(model, folder / "adapter", base=base)
@@ -87,13 +89,14 @@ def test_vllm_gets_one_rank_one_scale_and_the_same_update(tmp_path: Path, kind: 
     assert not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
     assert isinstance(config["lora_alpha"], int)
     for path, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):
+        if hasattr(layer, "base_layer"):
             a, b = (tensors[f"{path}.lora_{part}.weight"].double() for part in "AB")
             update = config["lora_alpha"] / config["r"] * (b @ a)
-            torch.testing.assert_close(update, layer.get_delta_weight("default").double(), rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(update, added(layer), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(logits(opened(tmp_path / "base", tmp_path / "v")), logits(model), rtol=1e-4, atol=1e-5)
     said = " ".join(found.notes)
     assert ("ranks or scales differ" in said) == ("ranks" in fields) and ("rsLoRA" in said) == (kind == "rslora")
+    assert (f"{kind} is written as plain LoRA" in said) == (kind not in ("lora", "rslora"))
     assert f"--max-lora-rank {16 if config['r'] > 8 else 8}" in str(found.command)
 
 
@@ -103,7 +106,7 @@ def test_ranks_beyond_vllms_and_what_it_refuses(tmp_path: Path) -> None:
         export(adapter, to="vllm", output=tmp_path / "v")
     (tmp_path / "two").mkdir()
     _, adapter = adapted(tmp_path / "two", "dora")
-    with pytest.raises(ModelError, match="vLLM cannot hold this adapter: the update of dora is no product"):
+    with pytest.raises(ModelError, match="vLLM cannot hold this adapter: the new weight of dora is m V"):
         export(adapter, to="vllm", output=tmp_path / "v")
     assert not (tmp_path / "v").exists()
     with pytest.raises(UsageError, match="--checkpoint: only a run has checkpoints"):

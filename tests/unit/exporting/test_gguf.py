@@ -27,9 +27,9 @@ from lorafit.exporting.gguf_file import GgufTensor, check_gguf, write_gguf
 from lorafit.exporting.vocabulary import require_rule
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.adapters import adapters
-from lorafit.model.adapter import save_adapter
+from lorafit.model.adapter import finish_adapter, save_adapter
 from lorafit.model.attach import attach_adapter
-from tests.support.adapted import load, make_gpt2, open_base, randomise
+from tests.support.adapted import added, load, make_gpt2, open_base, randomise
 from tests.support.tiny_model import make_base, make_tokenizer, tiny_llama
 
 IDS = torch.arange(3, 40).reshape(1, -1)
@@ -46,11 +46,18 @@ SIZES = {
 def adapted(folder: Path, kind: str = "lora", make: Any = make_base, **fields: Any) -> tuple[Any, Path]:
     """A base's model with an adapter of random factors, and the adapter's folder."""
     base = open_base(make(folder / "base"))
-    model = attach_adapter(load(base), adapters.make_section(kind, r=6, alpha=9, dropout=0.0, **fields), 0)
+    model = attach_adapter(load(base), low_rank_section(kind, **fields), 0)
     randomise(model)
     (folder / "adapter").mkdir()
     save_adapter(model, folder / "adapter", base=base)
     return model.eval(), folder / "adapter"
+
+
+def low_rank_section(kind: str, **fields: Any) -> Any:
+    """Of rank 6 and alpha 9 where the method has these."""
+    usual = {"r": 6, "alpha": 9, "dropout": 0.0}
+    own = {name: value for name, value in usual.items() if name in adapters.section(kind).model_fields}
+    return adapters.make_section(kind, **own | fields)
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -109,7 +116,15 @@ def test_types_round_no_further_than_they_must(tmp_path: Path, dtype: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"), [("lora", {}), ("rslora", {}), ("rslora", {"ranks": {"q_proj": 2, "down_proj": 5}})]
+    ("kind", "fields"),
+    [
+        ("lora", {}),
+        ("rslora", {}),
+        ("rslora", {"ranks": {"q_proj": 2, "down_proj": 5}}),
+        ("adalora", {"init_r": 8}),
+        ("vera", {}),
+        ("miss", {}),
+    ],
 )
 def test_a_gguf_adapter_adds_what_peft_adds(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
     """llama.cpp computes alpha / rank of the tensor, and nothing else, times B A."""
@@ -120,7 +135,7 @@ def test_a_gguf_adapter_adds_what_peft_adds(tmp_path: Path, kind: str, fields: d
     assert field(tmp_path / "a.gguf", "general.architecture") == "llama"
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    layers = {path: m for path, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    layers = {path: m for path, m in model.named_modules() if hasattr(m, "base_layer")}
     assert len(found) == 2 * len(layers) == 28
     for path, layer in layers.items():
         number, own = int(re.search(r"layers\.(\d+)", path)[1]), path.rpartition(".")[2]  # type: ignore[index]
@@ -128,7 +143,21 @@ def test_a_gguf_adapter_adds_what_peft_adds(tmp_path: Path, kind: str, fields: d
         update = alpha / a.shape[0] * (b.double() @ a.double())
         if own in ("q_proj", "k_proj"):
             update = unturned(update, {"q_proj": 4, "k_proj": 2}[own])
-        torch.testing.assert_close(update, layer.get_delta_weight("default").double(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(update, added(layer), rtol=1e-5, atol=1e-7)
+
+
+def test_linears_that_adalora_left_no_rank_are_left_out(tmp_path: Path) -> None:
+    model, adapter = adapted(tmp_path, "adalora", init_r=8)
+    for path, layer in model.named_modules():
+        if hasattr(layer, "lora_E"):
+            kept = 0 if path.endswith("layers.0.mlp.up_proj") else 3
+            layer.lora_E["default"].data[kept:] = 0
+    save_adapter(model, adapter, base=open_base(tmp_path / "base"))
+    finish_adapter(adapter)
+    export(adapter, to="gguf-lora", output=tmp_path / "a.gguf")
+    found = tensors(tmp_path / "a.gguf")
+    assert len(found) == 26 and "blk.0.ffn_up.weight.lora_a" not in found
+    assert {value.shape[0] for name, value in found.items() if name.endswith("lora_a")} == {3}
 
 
 def test_a_plain_adapter_is_not_changed_by_a_bit(tmp_path: Path) -> None:
@@ -203,8 +232,9 @@ def test_what_does_not_fit_f16_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "make", "message"),
     [
-        ("dora", {}, make_base, "the update of dora is no product s * B A of two matrices; merge it: --to gguf"),
-        ("lora", {"modules_to_save": ["embed_tokens"]}, make_base, "this adapter trains more (modules_to_save); merge"),
+        ("dora", {}, make_base, "the new weight of dora is m V / ||V||, V = W + s B A, which adds no product"),
+        ("ia3", {}, make_base, "the new weight of ia3 is diag(l) W, or W diag(l), which adds no product"),
+        ("lora", {"modules_to_save": ["embed_tokens"]}, make_base, "it trains more than products beside linears"),
         ("lora", {}, make_gpt2, "no conversion of 'gpt2' models to GGUF is proven here (known: llama, mistral, qwen2"),
     ],
 )

@@ -15,7 +15,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import NumericsError
 from lorafit.exporting.architectures import Architecture
 from lorafit.exporting.export import export
-from lorafit.exporting.factors import FoldedAdapter
+from lorafit.exporting.factors import FoldedLayer, _Trained
 from lorafit.kinds.adapters import adapters
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter
@@ -31,6 +31,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("rslora", {}),
     ("lora", {"ranks": {"q_proj": 2, "k_proj": 5, "down_proj": 3}}),
     ("rslora", {"ranks": {"q_proj": 2, "down_proj": 5}}),
+    ("adalora", {"init_r": 8}),
+    ("vera", {}),
+    ("miss", {}),
 ]
 
 
@@ -77,8 +80,8 @@ def test_heads_that_are_not_turned_are_found_out(tmp_path: Path, monkeypatch: py
 
 
 def test_a_scale_that_is_not_folded_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapter = adapted(tmp_path, "rslora")
-    monkeypatch.setattr(FoldedAdapter, "_product", lambda self, layer: 9.0)  # alpha as the config has it
+    _, adapter = adapted(tmp_path, "rslora", ranks={"q_proj": 2, "down_proj": 5})
+    monkeypatch.setattr(_Trained, "folded", lambda self, path, share: FoldedLayer(path, self.a, self.b))
     with pytest.raises(NumericsError, match="is what rounding explains"):
         export(adapter, to="gguf-lora", verify=True, output=tmp_path / "a.gguf")
 

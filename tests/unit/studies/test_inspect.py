@@ -81,7 +81,7 @@ def test_an_update_is_what_a_merge_adds_to_the_weight(tmp_path: Path, kind: str,
         assert update.matrix is not None
         torch.testing.assert_close(update.matrix.dense(), exact, rtol=1e-4, atol=1e-6)
         assert update.weight_norm == pytest.approx(float(before[weight].double().norm()), rel=1e-6)
-        assert (update.matrix.right is not None) == (kind in ("lora", "rslora"))
+        assert (update.matrix.right is not None) == (kind in ("lora", "rslora", "vera", "miss"))
 
 
 def test_the_weight_beside_a_quantised_base_is_what_training_saw(tmp_path: Path) -> None:
