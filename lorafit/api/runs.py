@@ -131,7 +131,7 @@ def classify(
 def inspect_adapter(
     run: StrPath | Trained,
     *,
-    ablate: str = "layers",
+    ablate: str | None = None,
     split: str | None = None,
     limit: int | None = 12,
     compare: StrPath | Trained | None = None,
@@ -145,7 +145,7 @@ def inspect_adapter(
 
     Args:
         run: What `train` gave back, a run folder, its recipe, or an adapter folder.
-        ablate: What is switched off one by one: `layers`, `modules`, or `none`.
+        ablate: What is switched off one by one: `layers`, `modules`, or `none`. None: layers, and none with `compare`.
         split: Rows for that; `test` where the recipe has it.
         limit: So many of them, the first; all where None.
         compare: Another adapter on the same base, shown beside the first.

@@ -162,7 +162,7 @@ _NEVER_LEFT_OUT = {
     "seed",
     *_SEARCH,
 }
-_NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric", "method", "ablate"))
+_NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric", "method"))
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:

@@ -115,7 +115,10 @@ _HELP = {
     "timeout": ("SECONDS", "Most time of an answer, its wait included."),
     "grace": ("SECONDS", "Of running answers, when the server is asked to end."),
     "inspect_adapter.run": ("RUN_OR_ADAPTER", "A run folder, or an adapter folder."),
-    "ablate": ("layers|modules|none", "Parts that are switched off one by one, to see what each is worth."),
+    "ablate": (
+        "layers|modules|none",
+        "Parts that are switched off one by one, to see what each is worth; layers, and none with --compare.",
+    ),
     "inspect_adapter.limit": ("ROWS", "Rows to measure that on: the first ones."),
     "compare": ("RUN_OR_ADAPTER", "Another adapter on the same base, shown beside the first."),
     "inspect_adapter.output": ("DIR", "Write inspect.json and a heat map (SVG) there."),
@@ -163,7 +166,6 @@ _DEFAULTS = {
     "max_batch_tokens": 16_384,
     "timeout": 600.0,
     "grace": 30.0,
-    "ablate": "layers",
     "inspect_adapter.limit": 12,
     "method": "sum",
 }

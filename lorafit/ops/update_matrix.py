@@ -13,10 +13,9 @@ Subspace overlap of two updates: ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), 0 to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 
@@ -26,7 +25,9 @@ SAME_DIRECTION = 0.999
 """Least |cosine| of two modules' updates that count as one direction."""
 SAME_RANK = 0.99
 """The same of two ranks within one module: of s b_i a_i^T and s b_j a_j^T."""
-_SKETCH = 24  # random directions on either side that stand for a dense update: 576 numbers
+_SKETCH = 24  # random directions on either side that stand for an update: 576 numbers
+_LIKELY = 0.95
+"""Least |cosine| of two images whose updates are compared themselves: the images of one direction have more."""
 _SEED = 7
 
 
@@ -67,6 +68,11 @@ class UpdateMatrix:
         """Of the angle between them, -1 to 1; None where one is zero."""
         lengths = self.norm * other.norm
         return max(-1.0, min(1.0, self.inner(other) / lengths)) if lengths else None
+
+    def products_of_ranks(self) -> torch.Tensor:
+        """Inner products of the updates that its ranks are, `[r, r]`."""
+        assert self.right is not None, "a dense one has no ranks"
+        return (self.left.t() @ self.left) * (self.right @ self.right.t())
 
     def dense(self) -> torch.Tensor:
         """`[rows, columns]`."""
@@ -113,17 +119,21 @@ class UpdateMatrix:
         return reads, writes
 
     def trace(self) -> UpdateMatrix:
-        """What is kept of it to find its direction again: fp32 factors; of a dense one its image of random directions.
+        """What is kept of it to find its direction again: fp32 factors; of a dense one its image."""
+        if self.right is None:
+            return UpdateMatrix(self.image().float())
+        return UpdateMatrix(self.left.float(), self.right.float())
+
+    def image(self) -> torch.Tensor:
+        """What it makes of random directions, `[24, 24]`.
 
         Inner products of images are those of the matrices but for a share of about 1 / 24 of the lengths, and two
         matrices of one direction have images of one direction.
         """
-        if self.right is not None:
-            return UpdateMatrix(self.left.float(), self.right.float())
-        draw, (rows, columns) = torch.Generator().manual_seed(_SEED), self.shape
-        before = torch.randn(_SKETCH, rows, generator=draw, dtype=self.left.dtype)
-        behind = torch.randn(columns, _SKETCH, generator=draw, dtype=self.left.dtype)
-        return UpdateMatrix((before @ self.left @ behind).float())
+        draw, (rows, columns), dtype = torch.Generator().manual_seed(_SEED), self.shape, self.left.dtype
+        before = torch.randn(_SKETCH, rows, generator=draw, dtype=torch.float64).to(dtype)
+        behind = torch.randn(columns, _SKETCH, generator=draw, dtype=torch.float64).to(dtype)
+        return before @ self.left @ (behind if self.right is None else self.right @ behind)
 
 
 def singular_of_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,26 +158,15 @@ def same_directions(
     modules: list[tuple[str, str]] = []
     ranks: dict[str, list[tuple[int, int]]] = {}
     for (_, is_dense), names in groups.items():
-        if is_dense:
-            images = torch.stack([traces[name].left.flatten() for name in names])
-            products = images @ images.t()
-        else:
-            products, within = _products([traces[name] for name in names])
-            pairs = {name: _pairs(grid, SAME_RANK) for name, grid in zip(names, within, strict=True)}
-            ranks |= {name: found for name, found in pairs.items() if found}
-        modules += [(names[i], names[j]) for i, j in _pairs(products, SAME_DIRECTION)]
+        images = torch.stack([(traces[name].left if is_dense else traces[name].image()).flatten() for name in names])
+        alike = _pairs(images @ images.t(), SAME_DIRECTION if is_dense else _LIKELY)
+        for one, other in ((names[i], names[j]) for i, j in alike):
+            if is_dense or abs(traces[one].cosine(traces[other]) or 0.0) >= SAME_DIRECTION:
+                modules.append((one, other))
+        for name in names if not is_dense else ():
+            if found := _pairs(traces[name].products_of_ranks(), SAME_RANK):
+                ranks[name] = found
     return modules, ranks
-
-
-def _products(traces: Sequence[UpdateMatrix]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Inner products of the updates `[n, n]`, and of each one's ranks `[r, r]`."""
-    left = torch.cat([trace.left for trace in traces], dim=1)
-    right = torch.cat([trace.right for trace in traces if trace.right is not None])
-    grid = (left.t() @ left) * (right @ right.t())
-    ends = list(accumulate(trace.rank for trace in traces))
-    own = [slice(stop - trace.rank, stop) for trace, stop in zip(traces, ends, strict=True)]
-    sums = torch.tensor([[float(grid[i, j].sum()) for j in own] for i in own])
-    return sums, [grid[i, i] for i in own]
 
 
 def _pairs(products: torch.Tensor, least: float) -> list[tuple[int, int]]:

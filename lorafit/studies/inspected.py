@@ -205,7 +205,10 @@ class Inspected(Printed):
         (folder / PICTURE).write_text(picture, encoding="utf-8")
 
     def render(self, console: Console) -> None:
-        """What stands out, the heat map, and a ranking."""
+        """What stands out, the heat map, and a ranking; of two adapters these beside each other first.
+
+        Of two the first one's own map and ranking are shown only with importances, which were asked for then.
+        """
         say(console, f"{near(self.adapter)}: {self.kind}, {counted(len(self.modules), 'module')}")
         say(console, f"base: {self.base}; {self.base_proof}")
         for line in self._findings():
@@ -213,16 +216,17 @@ class Inspected(Printed):
         if self.beside:
             what = f"{counted(len(self.beside), 'tensor')} beside the layers ({list_names(self.beside)})"
             say(console, f"not measured: {what}: no change of a weight")
-        say(console, f"\n{_SCALE}")
-        console.print(_show_heat_map(self.heat_map(), full_block(console)))
-        console.print()
-        self._show_ranking(console)
+        if self.other is not None:
+            _show_other(console, self.other)
+        if self.other is None or self.ablation is not None:
+            say(console, f"\n{_SCALE}")
+            console.print(_show_heat_map(self.heat_map(), full_block(console)))
+            console.print()
+            self._show_ranking(console)
         if self.ablation is not None:
             say(console, f"\n{_explain(self.ablation)}")
         elif self.not_ablated:
             say(console, f"\nno importances: {self.not_ablated}")
-        if self.other is not None:
-            _show_other(console, self.other)
         if self.output is not None:
             say(console, f"\nwritten: {near(self.output / FIGURES)}, {near(self.output / PICTURE)}")
 

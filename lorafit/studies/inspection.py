@@ -30,7 +30,7 @@ Ablated = Literal["layers", "modules", "none"]
 def inspect_adapter(
     run: Path,
     *,
-    ablate: str = "layers",
+    ablate: str | None = None,
     split: str | None = None,
     limit: int | None = 12,
     compare: Path | None = None,
@@ -40,8 +40,12 @@ def inspect_adapter(
     overrides: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Inspected:
-    """Measures the updates of a run's adapter, or of an adapter alone, and what each layer or module is worth."""
+    """Measures the updates of a run's adapter, or of an adapter alone, and what each layer or module is worth.
+
+    With `compare` importances are measured only where `ablate` asks for them.
+    """
     reporter = reporter or Silent()
+    ablate = ablate or ("layers" if compare is None else "none")
     if ablate not in get_args(Ablated):
         raise UsageError(f"'{ablate}' is no part of an adapter", key="--ablate", todo="use layers, modules or none")
     if split not in (None, "test", "validation", "train"):

@@ -299,13 +299,16 @@ def test_two_adapters_of_one_base_stand_side_by_side(run: Path, tmp_path: Path) 
                 tensors[name] *= -2.0
 
     planted(other, plant)
-    found = lorafit.inspect_adapter(run, ablate="none", compare=other, quiet=True)
+    found = lorafit.inspect_adapter(run, compare=other, quiet=True)
     assert found.other is not None and len(found.other.pairs) == 14 and found.other.missing == found.other.added == ()
     for pair in found.other.pairs:
         assert pair.ratio is not None and pair.other_ratio == pytest.approx(2 * pair.ratio)
         assert (pair.cosine, pair.reads, pair.writes) == pytest.approx((-1.0, 1.0, 1.0))
     assert "other / this" in str(found) and json.dumps(found.to_json(), allow_nan=False)
-    assert found.not_ablated == ""
+    assert found.not_ablated == "" and found.ablation is None
+    assert "by % of weight" not in str(found) and "in per cent, Frobenius" not in str(found)
+    both = lorafit.inspect_adapter(run, ablate="layers", compare=other, quiet=True)
+    assert both.ablation is not None and str(both).index("other / this") < str(both).index("by importance")
     alone = lorafit.inspect_adapter(other, quiet=True)
     assert alone.ablation is None and "an adapter alone has no rows to lose on; name its run" in str(alone)
 
@@ -321,6 +324,7 @@ def test_no_figure_is_cut_on_a_narrow_screen(run: Path, tmp_path: Path) -> None:
     wide = replace(found, modules=modules, other=replace(found.other, pairs=pairs))
     with (tmp_path / "shown").open("w+", encoding="utf-8") as file:
         wide.render(Console(file=file, width=80))
+        replace(wide, other=None).render(Console(file=file, width=80))
         file.seek(0)
         shown = file.read()
     assert "…" not in shown and max(len(line) for line in shown.splitlines() if "q_proj" in line) <= 80
