@@ -140,14 +140,17 @@ class Terminal(Screen):
 
     @contextlib.contextmanager
     def _unseen_keys(self) -> Iterator[None]:
-        """Within it what is typed does not show amid an answer; it is there in the next line."""
+        """Within it what is typed does not show amid an answer; it is there in the next line.
+
+        Keys are kept one by one and not as lines, since a kernel's line forgets a Ctrl-D that nobody reads.
+        """
         try:
             before = termios.tcgetattr(sys.stdin)
         except (termios.error, OSError, ValueError):  # no terminal of this process: a test's
             yield
             return
         quiet = [*before]
-        quiet[_LOCAL_MODES] &= ~termios.ECHO
+        quiet[_LOCAL_MODES] &= ~(termios.ECHO | termios.ICANON)
         termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
         try:
             yield

@@ -158,7 +158,7 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     """A run from its folder, from the folder of its adapter or of a checkpoint, or from the recipe that made it.
 
     Raises:
-        UsageError: There is nothing at `path`.
+        UsageError: There is nothing at `path`, or one file of a run, an adapter or a model.
         CheckpointError: The folder holds no run.
     """
     checkpoint = None
@@ -170,6 +170,10 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
                 "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
             )
         loaded = load_recipe(run.recipe, overrides, flags_from=Path())  # nobody wrote them beside that recipe
+    elif path.suffix not in (".yaml", ".yml") and path.is_file() and (what := _what_holds(path.absolute().parent)):
+        raise UsageError(
+            f"is one file of {what}", file=str(path), todo=f"name the folder that it lies in: {path.parent}"
+        )
     elif not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise _nothing_at(path)
     else:
@@ -209,6 +213,15 @@ def _nothing_at(path: Path) -> UsageError:
     close = nearest(path.name, here, count=1)
     todo = f"did you mean {path.with_name(close[0])}?" if close else "name a run folder or its recipe; or train first"
     return UsageError("no such file or folder", file=str(path), todo=todo)
+
+
+def _what_holds(folder: Path) -> str | None:
+    """What a folder is of, in words; None where it is neither of a run nor an adapter nor a model."""
+    if is_lone_adapter(folder):
+        return "an adapter"
+    if is_model(folder):
+        return "a model"
+    return "a run" if is_run(_find_run_around(folder)[0]) else None
 
 
 def _find_run_around(path: Path) -> tuple[Path, str | None]:

@@ -17,6 +17,7 @@ from tests.support.world import Outcome, World, say_all
 
 pytestmark = pytest.mark.usefixtures("memory_by_formula")
 SHORT = ("--max-new-tokens", "6")
+CTRL_D = b"\x04"
 
 
 FIRST = "first=shop/checkpoints/step-000001"
@@ -111,6 +112,9 @@ def test_what_cannot_be_talked_with_is_one_sentence(runs: World, monkeypatch: py
         (["shop", "--adapter", "first"], 2, ["--adapter", "names no adapter and its folder", "shop=runs/shop"]),
         (["shop", "--adapter", "x=nowhere"], 2, ["nowhere", "no such file"]),
         (["shop", "--adapter", "x=d.jsonl"], 3, ["d.jsonl"]),
+        (["shop/adapter/adapter_config.json"], 2, ["is one file of a run", "name the folder that it lies in"]),
+        (["shop", "--adapter", "x=broken/adapter_model.safetensors"], 2, ["is one file of an adapter", "name the fol"]),
+        (["other/config.json"], 2, ["is one file of a model; name the folder that it lies in: other"]),
         (["shop", "--adapter", "base=shop"], 2, ["--adapter", "'base'"]),
         (["base"], 2, ["--adapter", "'base'", "NAME=DIR"]),
         (["shop", "--adapter", "shop=shop"], 2, ["two are called 'shop'"]),
@@ -147,7 +151,12 @@ def test_a_terminal_streams_stops_and_goes_on(runs: World, tmp_path: Path) -> No
         terminal.read(lambda seen: "first>" in seen.text)
         terminal.type(b"/save talk.jsonl\r")
         terminal.read(lambda seen: "the only answer was stopped or cut" in seen.text)
-        terminal.type(b"\x04")
+        shown = terminal.text.count("base>")
+        terminal.type(b"/adapter base\r")
+        terminal.read(lambda seen: seen.text.count("base>") > shown)
+        terminal.type(b"where\r")
+        terminal.read(lambda seen: re.search(r"where\s*\n\s*\S", seen.text) is not None)
+        terminal.type(CTRL_D)  # while the answer is written: it counts behind it
         terminal.read()
         assert terminal.process.wait(30) == 0, terminal.text
     assert "Traceback" not in terminal.text
