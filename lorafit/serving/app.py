@@ -14,12 +14,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorafit.serving.errors import ApiError, as_api_error, of_validation, shutting_down
+from lorafit.serving.errors import ApiError, as_api_error, of_validation, shutting_down, unreadable
 from lorafit.serving.routes import router
 from lorafit.serving.service import Service
 from lorafit.serving.settings import KEY_VARIABLE, LARGEST_BODY_BYTES, is_this_machine
 
 _DRAINED_BYTES = 64 << 20  # of a body that is too large: who hears 413 only at the end of it has not sent it in vain
+_SHOWN_CHARACTERS = 80  # of what a client has sent
 _FREE = ("/health",)
 _UNCOUNTED = ("/health", "/metrics")
 
@@ -39,8 +40,12 @@ def build_app(service: Service) -> ASGIApp:
 async def _tell(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         told = of_validation(error.errors(), _fields(request))
+    elif isinstance(error, HTTPException) and error.status_code == 400:  # fastapi's, of a body that json cannot read
+        told = unreadable()
     elif isinstance(error, HTTPException):
-        told = ApiError(error.status_code, f"{request.method} {request.url.path}: {str(error.detail).lower()}")
+        place = f"{request.method} {request.url.path[:_SHOWN_CHARACTERS]}"
+        told = ApiError(error.status_code, f"{place}: {str(error.detail).lower()}")
+        told.headers |= error.headers or {}  # 405 says which methods there are
     else:
         told = as_api_error(error)
     request.state.note = told.note
@@ -87,7 +92,7 @@ class Gate:
             self._service.running -= counted
             if counted:
                 seconds, note = time.perf_counter() - began, scope["state"].get("note")
-                parts = (f"{scope['method']} {scope['path']} {status}", note, f"{seconds:.2f} s")
+                parts = (f"{scope['method']} {scope['path'][:_SHOWN_CHARACTERS]} {status}", note, f"{seconds:.2f} s")
                 self._service.reporter.info(", ".join(filter(None, parts)))
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:

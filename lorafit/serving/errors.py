@@ -39,7 +39,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
+        self.headers: dict[str, str] = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
 
     @property
     def note(self) -> str:
@@ -62,6 +62,11 @@ def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """What a request for a model gets that is not served."""
     message = f"no model is called '{name[:80]}'; {did_you_mean(name[:80], known)}served: {', '.join(known)}"
     return ApiError(404, message, param="model", code="model_not_found")
+
+
+def unreadable() -> ApiError:
+    """What a body gets that cannot be parsed."""
+    return ApiError(400, "the body is no JSON in UTF-8, or is nested too deeply; send a JSON object")
 
 
 def as_api_error(error: Exception, *, param: str | None = None) -> ApiError:
@@ -87,7 +92,7 @@ def of_validation(found: Sequence[Mapping[str, object]], known: Sequence[str]) -
     param = ".".join(names) or None
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ")
     if kind == "json_invalid":
-        return ApiError(400, "the body is no JSON; send a JSON object")
+        return unreadable()
     if kind == "missing" and param is None:
         return ApiError(400, "the body is empty; send a JSON object with Content-Type: application/json")
     if kind == "missing":

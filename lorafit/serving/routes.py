@@ -59,7 +59,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     """What the model writes behind a text, or behind several."""
     service = _service(request)
     served = service.catalog.choose(body.model, body.user)
-    prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompts]
+    prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompt]
     order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1)
     writings = service.write(served, prompts, order)
     choices = [Choice(writing) for writing in writings]

@@ -8,13 +8,11 @@ In any other form, or where what stands between the marks is no such call, the a
 from __future__ import annotations
 
 import json
-import re
 import secrets
 
 from lorafit.contracts import JsonObject
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|$)", re.DOTALL)
 
 
 def writes_calls(template: str) -> bool:
@@ -45,11 +43,17 @@ class CallReader:
 
     def end(self) -> str:
         """What is left of the text when the answer is over."""
-        found = [_read_call(match[1]) for match in _CALL.finditer(self._held)]
+        found, free = list[JsonObject | None](), ""
+        text = self._held
+        while _OPEN in text:
+            before, _, text = text.partition(_OPEN)
+            inside, _, text = text.partition(_CLOSE)  # which the last one may lack
+            found.append(_read_call(inside))
+            free += before
         if not found or None in found:
             return self._held
         self.calls = [call for call in found if call is not None]
-        return _CALL.sub("", self._held).strip()
+        return (free + text).strip()
 
 
 def _beginning(text: str) -> int:
@@ -59,8 +63,8 @@ def _beginning(text: str) -> int:
 
 def _read_call(text: str) -> JsonObject | None:
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text.strip())
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None

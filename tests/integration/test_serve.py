@@ -209,6 +209,8 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
     ("path", "body", "status", "says"),
     [
         (CHAT, "{", 400, "no JSON"),
+        (CHAT, b'{"model": "\xff"}', 400, "no JSON in UTF-8"),
+        (CHAT, "[" * 100_000, 400, "nested too deeply"),
         (CHAT, "", 400, "empty"),
         (CHAT, "[]", 400, "no JSON object"),
         (CHAT, {"model": "base"}, 400, "messages: is missing"),
@@ -226,7 +228,7 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         (CHAT, {**ASK, "stop": 3}, 400, "stop"),
         (CHAT, {**ASK, "frequency_penalty": 0.5}, 400, "frequency_penalty"),
         (CHAT, {**ASK, "best_of_all": 1}, 400, "best_of_all: this server knows no such parameter"),
-        (CHAT, {**ASK, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        (CHAT, {**ASK, "response_format": {"type": "json_object"}}, 400, "response_format: is not served here"),
         (CHAT, {**ASK, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages: holds half a character"),
         ("/v1/completions", {"model": "base", "prompt": [10_000]}, 400, "has id 10000"),
         ("/v1/completions", {"model": "base", "prompt": [10**20]}, 400, "prompt"),
@@ -251,7 +253,7 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
 def test_a_bad_request_gets_its_status_and_the_reason(
     server: Server, path: str, body: Any, status: int, says: str
 ) -> None:
-    content = body if isinstance(body, str) else json.dumps(body)
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
     told = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
     assert told.status_code == status, told.text
     error = told.json()["error"]

@@ -43,15 +43,39 @@ def test_either_name_of_the_longest_answer(given: dict[str, int], longest: int |
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
 )
 def test_prompts_of_completions(prompt: Any, prompts: Any) -> None:
-    assert CompletionBody(model="m", prompt=prompt).prompts == prompts
+    assert CompletionBody(model="m", prompt=prompt).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], 3, None, {}, [True], [-1], [1 << 31], [1.0], ["a", 1], [[1], "a", []]])
+def test_what_is_no_prompt(prompt: Any) -> None:
+    assert refused(CompletionBody, model="m", prompt=prompt) == (
+        "prompt",
+        "prompt: is neither a text nor token ids, nor a list of such",
+    )
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"presence_penalty": 0.0}, {"frequency_penalty": 0}, {"user": "u"}, {"response_format": {"type": "text"}}],
+    [
+        {"presence_penalty": 0.0},
+        {"frequency_penalty": 0},
+        {"repetition_penalty": 1.0},
+        {"top_k": -1},
+        {"user": "u"},
+        {"response_format": {"type": "text"}},
+        {"functions": None, "prediction": None, "modalities": ["text"], "logit_bias": {}},
+        {"top_logprobs": 0},
+        {"stream": True, "stream_options": {"include_usage": None}},
+    ],
 )
 def test_what_changes_nothing_is_taken(given: dict[str, Any]) -> None:
     ChatBody(**CHAT, **given)
@@ -65,10 +89,50 @@ def test_what_changes_nothing_is_taken(given: dict[str, Any]) -> None:
         ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"top_k": 5}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ],
 )
 def test_what_would_change_an_answer_and_is_not_served_is_refused(given: dict[str, Any], param: str) -> None:
-    with pytest.raises(ValidationError) as refused:
-        ChatBody(**CHAT, **given)
-    told = of_validation(refused.value.errors(), ())  # type: ignore[arg-type]
-    assert (told.status, told.param) == (400, param)
+    told = refused(ChatBody, **CHAT, **given)
+    assert told[0] == param and told[1].startswith(f"{param}: ")
+    if param != "tool_choice":
+        assert "is not served here; leave it out" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs: is only beside log-probabilities"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs: is only beside log-probabilities"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: is only for a stream"),
+        ({"stop": ["a"] * 100}, "stop: list should have at most 16 items"),
+        ({"stop": ""}, "stop.0: string should have at least 1 character"),
+        ({"stop": 3}, "stop: input should be a valid list"),
+    ],
+)
+def test_what_says_nothing_alone_or_too_much_is_refused(given: dict[str, Any], says: str) -> None:
+    assert refused(ChatBody, **CHAT, **given)[1].startswith(says)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"temperature": "0.5"}, {"temperature": True}, {"max_tokens": "5"}, {"n": 2.0}, {"stream": "yes"}, {"user": 3}],
+)
+def test_another_type_is_not_guessed_at(given: dict[str, Any]) -> None:
+    [name] = given
+    assert refused(ChatBody, **CHAT, **given)[1].startswith(f"{name}: input should be a valid ")
+
+
+def refused(form: Any, **fields: Any) -> tuple[str | None, str]:
+    """The field that a form refuses, and what is told."""
+    with pytest.raises(ValidationError) as refusal:
+        form(**fields)
+    told = of_validation(refusal.value.errors(), ())  # type: ignore[arg-type]
+    assert told.status == 400
+    return told.param, told.message

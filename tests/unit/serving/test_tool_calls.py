@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -34,11 +35,25 @@ def test_calls_are_taken_out_of_any_pieces(size: int) -> None:
         "<tool_call>price(mug)</tool_call>",
         '<tool_call>{"arguments": {}}</tool_call>',
         "<tool_call>[]",
+        "<tool_call>" + "[" * 100_000,
         f"{CALL}<tool_call>price(mug)</tool_call>",
     ],
 )
 def test_what_is_no_call_stays_text(text: str) -> None:
     assert read(*text) == (text, [])
+
+
+def test_blanks_within_a_call_take_no_time() -> None:
+    """A model that has lost its way writes them by the thousand, while all others wait."""
+    reader = CallReader()
+    reader.add("<tool_call>x" + " " * 20_000 + "x")
+    began = time.perf_counter()
+    reader.end()
+    assert time.perf_counter() - began < 0.1
+
+
+def test_a_mark_within_an_argument_is_part_of_it() -> None:
+    assert read(CALL.replace("mug", "<tool_call>")) == ("", [("price", {"of": "<tool_call>"})])
 
 
 def test_text_is_shown_as_soon_as_it_can_be_no_call() -> None:
