@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,7 @@ from lorafit.answering.generate import find_stop_ids
 from lorafit.answering.live_adapters import LiveAdapters
 from lorafit.answering.live_batch import READ_AT_ONCE_TOKENS, LiveBatch, LoneRow, SharedRows
 from lorafit.answering.plain_generation import head_sees_last, plain_generation, room_of
-from lorafit.answering.ticket import LiveRequest, Ticket
+from lorafit.answering.ticket import Figures, LiveRequest, Ticket
 from lorafit.console.wording import counted, first_line
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, QueueFull, ResourceError, UsageError
@@ -50,25 +51,6 @@ class Limits:
     waiting: int = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a BatchedEngine does and has done, by adapter where that is told; None is the base alone.
-
-    Attributes:
-        running: Requests that are being answered.
-        waiting: Requests that wait for room.
-        prompt_tokens: Tokens of prompts that were read.
-        written_tokens: Tokens that were written.
-        finished: Requests that are over, by adapter and how they ended.
-    """
-
-    running: int
-    waiting: int
-    prompt_tokens: dict[str | None, int] = field(default_factory=dict)
-    written_tokens: dict[str | None, int] = field(default_factory=dict)
-    finished: dict[tuple[str | None, str], int] = field(default_factory=dict)
-
-
 class BatchedEngine:
     """A base in memory that answers many requests at once, each with one of its adapters or with none.
 
@@ -78,12 +60,14 @@ class BatchedEngine:
     Args:
         engine: A causal model, with or without adapters.
         limits: What is taken at once.
-
         reporter: Warned where requests cannot share a forward; silent where None.
 
     Raises:
         UsageError: The model is an encoder-decoder.
         ModelError: It answers otherwise token by token than from a whole text.
+
+    Attributes:
+        failed: Gets the error that ended the engine's thread, if ever one does; then nobody is answered any more.
     """
 
     def __init__(self, engine: Engine, limits: Limits = Limits(), reporter: Reporter | None = None) -> None:
@@ -91,6 +75,7 @@ class BatchedEngine:
             what = "an encoder-decoder is not answered in batches that requests join and leave"
             raise UsageError(what, todo="use lorafit generate")
         self.engine, self.limits = engine, limits
+        self.failed: Future[None] = Future()
         self._changed = threading.Condition()
         self._waiting: deque[LiveRow] = deque()
         self._orders: deque[Callable[[], None]] = deque()
@@ -100,6 +85,7 @@ class BatchedEngine:
         self._leaving: set[str] = set()
         self._ending: str | None = None
         self._model_changed = False
+        self._stepped = time.monotonic()
         self._prompt_tokens: Counter[str | None] = Counter()
         self._written_tokens: Counter[str | None] = Counter()
         self._finished: Counter[tuple[str | None, str]] = Counter()
@@ -138,6 +124,7 @@ class BatchedEngine:
             QueueFull: Too many wait already.
             UsageError: The adapter is not loaded, prompt and answer are too long, or a beam search is asked for; or
                 the engine is closed.
+            LorafitError: What `failed` has.
             ModelError: A token of the prompt has no row in the embedding.
         """
         sampling = request.sampling
@@ -161,6 +148,8 @@ class BatchedEngine:
                 raise QueueFull(what, todo="ask again later")
             ticket = Ticket(request, self._virtual_tokens(request.adapter) + len(prompt), wake)
             text = AnswerText(self.engine.tokenizer, request.stop_strings)
+            if not self._rows():
+                self._stepped = time.monotonic()
             self._waiting.append(LiveRow(ticket, prompt, frozenset(stops), text))
             self._changed.notify_all()
         return ticket
@@ -172,7 +161,9 @@ class BatchedEngine:
             UsageError: The name is taken.
             ModelError: See `Engine.add_adapter`.
         """
-
+        if name in self._leaving:
+            what = f"'{name}' is being unloaded, and its last request not answered yet"
+            raise UsageError(what, todo="load it again later, or under another name")
         found = self._adapters.read(name, folder, reporter or Silent())
         self._change_model(lambda: self._adapters.add(name, *found, reporter or Silent()))
 
@@ -213,13 +204,18 @@ class BatchedEngine:
             self._require_open()
             self._orders.append(call)
             self._changed.notify_all()
+        wait((done, self.failed), return_when=FIRST_COMPLETED)  # type: ignore[misc]  # of two types
+        if not done.done():
+            self.failed.result()
         return done.result()
 
     def figures(self) -> Figures:
         """What is going on now."""
         with self._changed:
             counts = dict(self._prompt_tokens), dict(self._written_tokens), dict(self._finished)
-            return Figures(len(self._running()), len(self._waiting), *counts)
+            still = time.monotonic() - self._stepped if self._rows() else 0.0
+            reading = sum(not row.tokens for row in self._running())
+            return Figures(len(self._running()), len(self._waiting), reading, still, *counts)
 
     def close(self, *, finish: bool) -> None:
         """Takes no more requests, and ends.
@@ -235,6 +231,8 @@ class BatchedEngine:
         self._worker.join()
 
     def _require_open(self) -> None:
+        if self.failed.done():
+            self.failed.result()
         if self._ending is not None:
             raise UsageError("the engine is closed", todo="open another one")
 
@@ -256,7 +254,16 @@ class BatchedEngine:
         return [*self._waiting, *self._running()]
 
     def _work(self) -> None:
-        """The worker's life: its model is prepared anew whenever its layers were changed."""
+        """The worker's life, and the end of everybody who waits where it is cut short."""
+        try:
+            self._live()
+        except BaseException as error:  # the model could not be prepared: nobody will be answered any more
+            with self._changed:
+                self.failed.set_exception(_as_ours(error))
+                self._end_all(_as_ours(error))
+
+    def _live(self) -> None:
+        """Turn after turn; the model is prepared anew whenever its layers were changed."""
         goes_on = True
         while goes_on:
             self._model_changed = False
@@ -292,6 +299,7 @@ class BatchedEngine:
             self._admit()
             self._step_all()
             self._drop_ended()
+        self._stepped = time.monotonic()
         return True
 
     def _step_all(self) -> None:
@@ -321,7 +329,7 @@ class BatchedEngine:
             while self._waiting and self._has_room(self._waiting[0]):
                 row = self._waiting.popleft()
                 self._lone.append(LoneRow(self._adapters, row))
-                self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens
+                self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens * row.ticket.request.counts
 
     def _has_room(self, row: LiveRow) -> bool:
         running = [*self._running(), row]
@@ -342,15 +350,16 @@ class BatchedEngine:
             release_memory(self.engine.device)
             for row in rows[-1:] if is_out_of_memory(error) else rows:
                 row.end("error", _as_ours(error))
+        self._stepped = time.monotonic()
         for row, before in zip(rows, written, strict=True):
-            self._written_tokens[row.ticket.adapter] += len(row.tokens) - before
+            self._written_tokens[row.ticket.adapter] += (len(row.tokens) - before) * row.ticket.request.counts
 
     def _end_all(self, error: LorafitError) -> None:
         """Ends every request, and begins anew with empty batches."""
         with self._changed:
             for row in self._rows():
                 row.end("error", error)
-                self._finished[row.ticket.adapter, "error"] += 1
+                self._finished[row.ticket.adapter, "error"] += row.ticket.request.counts
             self._waiting.clear()
             self._lone, self._shared = [], {}
             self._changed.notify_all()
@@ -360,7 +369,7 @@ class BatchedEngine:
         with self._changed:
             for row in self._rows():
                 if row.is_over:
-                    self._finished[row.ticket.adapter, str(row.ticket.finish_reason)] += 1
+                    self._finished[row.ticket.adapter, str(row.ticket.finish_reason)] += row.ticket.request.counts
             self._waiting = deque(row for row in self._waiting if not row.is_over)
             for batch in self._batches():
                 batch.drop_ended()
@@ -369,7 +378,7 @@ class BatchedEngine:
             self._changed.notify_all()
 
 
-def _as_ours(error: Exception) -> LorafitError:
+def _as_ours(error: BaseException) -> LorafitError:
     """What a request is told of what went wrong."""
     if isinstance(error, LorafitError):
         return error

@@ -1,11 +1,12 @@
-"""What a BatchedEngine is asked and gives back: a request, its ticket, the pieces of the answer as they are made."""
+"""What a BatchedEngine is asked and gives back: a request, its ticket, the pieces of the answer as they are made;
+and its figures."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lorafit.answering.sampling import GREEDY, Sampling
@@ -26,6 +27,7 @@ class LiveRequest:
         stop_strings: Texts that end the answer, and are no part of it.
         top_logprobs: How many of the likeliest tokens are told at each place, beside the chosen one's own
             log-probability; None: neither.
+        counts: Whether it is one of the engine's figures; a look at its health is not.
     """
 
     prompt_ids: Sequence[int]
@@ -34,6 +36,7 @@ class LiveRequest:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,29 @@ class Written:
     text: str
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a BatchedEngine does and has done, by adapter where that is told; None is the base alone.
+
+    Attributes:
+        running: Requests that are being answered.
+        waiting: Requests that wait for room.
+        reading: Of the running ones, those whose prompts are not read yet.
+        still_seconds: Since a forward last ended, where anybody waits for one.
+        prompt_tokens: Tokens of prompts that were read.
+        written_tokens: Tokens that were written.
+        finished: Requests that are over, by adapter and how they ended.
+    """
+
+    running: int
+    waiting: int
+    reading: int = 0
+    still_seconds: float = 0.0
+    prompt_tokens: dict[str | None, int] = field(default_factory=dict)
+    written_tokens: dict[str | None, int] = field(default_factory=dict)
+    finished: dict[tuple[str | None, str], int] = field(default_factory=dict)
 
 
 class Ticket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Mapping
@@ -14,12 +15,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorafit.serving.errors import ApiError, as_api_error, of_validation, shutting_down, unreadable
+from lorafit.serving.errors import ApiError, as_api_error, client_gone, of_validation, shutting_down, unreadable
 from lorafit.serving.routes import router
 from lorafit.serving.service import Service
 from lorafit.serving.settings import KEY_VARIABLE, LARGEST_BODY_BYTES, is_this_machine
 
 _DRAINED_BYTES = 64 << 20  # of a body that is too large: who hears 413 only at the end of it has not sent it in vain
+_BODY_SECONDS = 60.0  # that a body may take, so that none trickles in for ever
 _SHOWN_CHARACTERS = 80  # of what a client has sent
 _FREE = ("/health",)
 _UNCOUNTED = ("/health", "/metrics")
@@ -122,9 +124,13 @@ class Gate:
         if key is not None and scope["path"] not in _FREE and not hmac.compare_digest(given, b"Bearer " + key.encode()):
             message = f"send the server's {KEY_VARIABLE} as Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key")
-        origin = headers.get(b"origin")
-        if key is None and origin is not None and not _is_own_page(origin.decode("latin-1")):
+        origin, host = headers.get(b"origin"), headers.get(b"host")
+        if key is None and origin is not None and not _is_here(origin):
             return ApiError(403, f"a page from elsewhere may not ask a server without a key; set {KEY_VARIABLE}")
+        if key is None and host is not None and not _is_here(b"//" + host):  # a page's name that now leads here
+            called = host.decode("latin-1")[:_SHOWN_CHARACTERS]
+            message = f"a server without a key is called 127.0.0.1 or localhost, not '{called}'; set {KEY_VARIABLE}"
+            return ApiError(403, message)
         if self._service.is_closing and scope["path"] not in _UNCOUNTED:
             return shutting_down()
         return None
@@ -135,23 +141,27 @@ class Gate:
         if b"expect" in headers and headers.get(b"content-length", b"").isdigit():  # the client waits for our word
             size = int(headers[b"content-length"]) if int(headers[b"content-length"]) > LARGEST_BODY_BYTES else 0
             more = not size
-        while more and size <= _DRAINED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            chunk = message.get("body", b"")
-            size, more = size + len(chunk), message.get("more_body", False)
-            if size <= LARGEST_BODY_BYTES:
-                body += chunk
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while more and size <= _DRAINED_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return b"", client_gone()
+                    chunk = message.get("body", b"")
+                    size, more = size + len(chunk), message.get("more_body", False)
+                    if size <= LARGEST_BODY_BYTES:
+                        body += chunk
+        except TimeoutError:
+            return b"", ApiError(408, f"the body was not here within {_BODY_SECONDS:g} seconds; send it again")
         if size <= LARGEST_BODY_BYTES:
             return bytes(body), None
         return b"", ApiError(413, f"the body is larger than {LARGEST_BODY_BYTES >> 20} MiB; send less")
 
 
-def _is_own_page(origin: str) -> bool:
-    """Whether a page of a browser comes from this machine; `null` and what is no address do not."""
+def _is_here(address: bytes) -> bool:
+    """Whether a page's address, or the name that a request calls the server by, is this machine's; `null` is not."""
     try:
-        return is_this_machine(urlsplit(origin).hostname or "")
+        return is_this_machine(urlsplit(address.decode("latin-1")).hostname or "")
     except ValueError:
         return False
 

@@ -58,6 +58,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", retry_seconds=_RETRY_SECONDS)
 
 
+def client_gone() -> ApiError:
+    """What the log says of a request whose client hung up, with nginx's code; nobody is there to read it."""
+    return ApiError(499, "the client hung up")
+
+
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """What a request for a model gets that is not served."""
     message = f"no model is called '{name[:80]}'; {did_you_mean(name[:80], known)}served: {', '.join(known)}"

@@ -17,7 +17,7 @@ from lorafit.contracts import JsonObject, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.formats import formats
 from lorafit.serving.catalog import Served
-from lorafit.serving.errors import ApiError, as_api_error, shutting_down
+from lorafit.serving.errors import ApiError, as_api_error, client_gone, shutting_down
 from lorafit.serving.forms import ChatForm, Choice, Form, TextForm
 from lorafit.serving.schemas import ChatBody, CompletionBody, FeedbackBody, GenerateBody, LoadBody, UnloadBody
 from lorafit.serving.service import Order, Service
@@ -25,7 +25,6 @@ from lorafit.serving.tool_calls import CallReader, writes_calls
 
 Made = TypeVar("Made")
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-_CLIENT_GONE = 499  # as nginx logs it; nobody is there to read it
 _PING_SECONDS = 15  # a comment in a stream that waits, so that no proxy takes it for dead
 
 router = APIRouter()
@@ -251,7 +250,7 @@ async def _unless_gone(request: Request, work: Coroutine[None, None, Made]) -> M
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(_CLIENT_GONE, "the client hung up")
+            raise client_gone()
         return working.result()
     finally:
         working.cancel()

@@ -1,6 +1,8 @@
 """The server's life: a port of its own, requests until a signal, an end that waits for running answers.
 
+a client that sends no request, or reads no answer ──> is cut off
 SIGTERM, Ctrl-C ──> new requests get 503, running ones end within the grace ──> the port is closed
+the engine fails ──> what runs gets the reason, and the process ends with it
 a second signal ──> the process ends at once
 """
 
@@ -17,6 +19,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorafit.console.exits import end_at_once
 from lorafit.errors import UsageError
@@ -24,6 +27,8 @@ from lorafit.serving.service import Service
 
 _BACKLOG = 512
 _CLOSE_SECONDS = 2  # for connections that are idle when all answers have ended
+_PATIENCE_SECONDS = 15.0
+"""Without a sign of a client whose turn it is; once more at most, since that is looked at as often."""
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,6 +39,35 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """None are."""
         yield
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, which would wait for ever for a request's head, and for a client to read what it has asked for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """asyncio's."""
+        super().connection_made(transport)
+        self._seen: tuple[object, int] | None = None
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """asyncio's, where the client has read."""
+        self._seen = None
+        super().resume_writing()
+
+    def _look(self) -> None:
+        """Ends it where the client's turn was the same at the last look, and nothing was read since."""
+        unread, between = self.transport.get_write_buffer_size(), self.cycle is None or self.cycle.response_complete
+        is_clients_turn = between or self.flow.write_paused
+        if is_clients_turn and self._seen is not None and self._seen[0] is self.cycle and self._seen[1] <= unread:
+            self.transport.abort()
+        self._seen = (self.cycle, unread) if is_clients_turn else None
+        self._next_look = self.loop.call_later(_PATIENCE_SECONDS, self._look)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -70,6 +104,9 @@ def run(app: ASGIApp, service: Service, bound: socket.socket, ready: Callable[[]
         service: Its state.
         bound: From `bind`; closed at the end.
         ready: Called when requests are taken.
+
+    Raises:
+        LorafitError: What ended the engine, and with it the server.
     """
     try:
         bound.listen(_BACKLOG)
@@ -85,7 +122,7 @@ async def _run(app: ASGIApp, service: Service, bound: socket.socket, ready: Call
         access_log=False,
         lifespan="off",
         loop="asyncio",
-        http="h11",
+        http=_Connection,
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
@@ -102,6 +139,7 @@ async def _run(app: ASGIApp, service: Service, bound: socket.socket, ready: Call
     with _handling(ask_to_stop):
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         stopping = asyncio.create_task(stop.wait())
+        service.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(stop.set))
         ready()
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -111,6 +149,8 @@ async def _run(app: ASGIApp, service: Service, bound: socket.socket, ready: Call
         await service.drain()
         server.should_exit = True
         await serving
+    if service.failed.done():
+        service.failed.result()
     return received[0] if received else None
 
 

@@ -26,7 +26,7 @@ from lorafit.serving.split import read_split
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafit.answering.batched import Figures
+    from lorafit.answering.ticket import Figures
     from lorafit.serving.catalog import Catalog
 
 _PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")

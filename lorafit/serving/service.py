@@ -14,7 +14,7 @@ from lorafit.answering.sampling import GREEDY, Sampling
 from lorafit.answering.ticket import LiveRequest, Written
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.plain_text import PlainText
-from lorafit.errors import QueueFull
+from lorafit.errors import LorafitError
 from lorafit.serving.catalog import Catalog, Served
 from lorafit.serving.errors import ApiError, as_api_error, shutting_down
 from lorafit.serving.feedback import Feedback
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 _HEALTH_SECONDS = 30.0
+_PROBE = LiveRequest([0], None, replace(GREEDY, max_new_tokens=1), counts=False)
 _LOOK_SECONDS = 0.02
 
 
@@ -60,6 +61,7 @@ class Service:
         reporter: Gets a line for each request.
 
     Attributes:
+        failed: See `BatchedEngine`.
         is_closing: Whether new requests are turned away.
         running: Requests that are being answered.
     """
@@ -73,6 +75,7 @@ class Service:
         reporter: Reporter,
     ) -> None:
         self._engine, self.catalog, self.settings, self.reporter = engine, catalog, settings, reporter
+        self.failed = engine.failed
         self.feedback = feedback
         self.metrics = Metrics(engine, catalog.base.name)
         self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
@@ -150,31 +153,42 @@ class Service:
                 writing.cancel()
 
     async def check_health(self) -> None:
-        """Has the base write one token; several who ask at once wait for the same one.
+        """Has the base write one token, where nobody else is answered; several who ask at once wait for the same one.
 
         Raises:
-            ApiError: No token came, or the server is ending.
+            ApiError: No forward ends, a token could not be written, or the server is ending.
         """
         if self.is_closing:
             raise shutting_down()
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._write_one())
-        await asyncio.shield(self._probe)
+        try:
+            self._require_steps()
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.create_task(self._write_one())
+            await asyncio.shield(self._probe)
+        except LorafitError as error:
+            raise ApiError(503, error.one_line) from error
 
     async def _write_one(self) -> None:
-        """A full waiting line is no illness while others get their tokens."""
-        before, own = self._written(), None
-        with contextlib.suppress(QueueFull):
-            own = Writing(self._engine, LiveRequest([0], None, replace(GREEDY, max_new_tokens=1)), self.metrics)
+        figures = self._engine.figures()
+        if figures.running or figures.waiting:  # they get their tokens, or their prompts are read
+            return
+        ticket = self._engine.submit(_PROBE)
         try:
-            async with asyncio.timeout(_HEALTH_SECONDS):
-                while self._written() <= before:
-                    await asyncio.sleep(_LOOK_SECONDS)
-        except TimeoutError:
-            raise ApiError(503, f"no token was written within {_HEALTH_SECONDS:g} seconds") from None
+            while ticket.finish_reason is None:
+                await asyncio.sleep(_LOOK_SECONDS)
+                self._require_steps()
+            ticket.read(0)
         finally:
-            if own is not None:
-                own.cancel()
+            ticket.cancel()
+
+    def _require_steps(self) -> None:
+        """Raises ApiError where requests wait, and no forward has ended for too long; one over a prompt may take as
+        long as an answer.
+        """
+        figures = self._engine.figures()
+        most = self.settings.timeout_seconds if figures.reading else _HEALTH_SECONDS
+        if figures.still_seconds > most:
+            raise ApiError(503, f"no token was written within {most:g} seconds")
 
     async def drain(self) -> None:
         """Turns new requests away, lets running ones end within the grace, and gives up what is left."""
@@ -186,9 +200,6 @@ class Service:
         close = partial(self._engine.close, finish=False)
         with ThreadPoolExecutor(1) as own:  # asyncio's threads may all wait for answers that close ends
             await asyncio.get_running_loop().run_in_executor(own, close)
-
-    def _written(self) -> int:
-        return sum(self._engine.figures().written_tokens.values())
 
     def _longest(self, served: Served, prompt_tokens: int, wanted: int | None) -> int:
         """Tokens of the longest answer to a prompt. Raises ApiError where there is no room for it."""

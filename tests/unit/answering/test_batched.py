@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,19 @@ def test_log_probabilities_are_the_model_s(live: BatchedEngine, tokenizer: Any) 
     assert all(piece.logprob is None for piece in ask(live, "the sky"))
 
 
+def test_a_name_that_leaves_is_not_taken_anew(live: BatchedEngine, folders: dict[str, Path]) -> None:
+    ticket = ask(live, "a", "law", Sampling(max_new_tokens=200))
+    leaving = threading.Thread(target=live.unload_adapter, args=["law"])
+    leaving.start()
+    while "law" in live.adapters:
+        pass
+    with pytest.raises(UsageError, match="'law' is being unloaded"):
+        live.load_adapter("law", folders["law"])
+    ticket.cancel()
+    leaving.join()
+    live.load_adapter("law", folders["law"])
+
+
 def test_an_adapter_leaves_when_its_requests_are_answered(live: BatchedEngine) -> None:
     ticket = ask(live, "why?", "law", Sampling(max_new_tokens=60, min_new_tokens=60))
     assert ticket.read() is not None
@@ -223,3 +237,72 @@ def test_an_error_of_our_own_ends_requests_and_not_the_engine(live: BatchedEngin
 def test_a_name_is_given_once(live: BatchedEngine, folders: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="two adapters are called 'law'"):
         live.load_adapter("law", folders["code"])
+
+
+def test_a_worker_that_dies_leaves_nobody_waiting(tokenizer: Any, monkeypatch: Any) -> None:
+    """Outside of a turn, where no request could be blamed: who waits and who comes later is told."""
+    live = BatchedEngine(Engine(build_llama(), tokenizer))
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        held.set()
+        go_on.wait()
+        live._model_changed = True  # as a load does: the model is prepared anew
+
+    def fail(self: BatchedEngine) -> Any:
+        raise MemoryError("no room")
+
+    holder = threading.Thread(target=live.between_steps, args=[hold])
+    holder.start()
+    held.wait()
+    ticket = ask(live, "a")
+    late: list[str] = []
+
+    def order() -> None:
+        with pytest.raises(LorafitError) as told:
+            live.between_steps(lambda engine: None)
+        late.append(told.value.one_line)
+
+    orderer = threading.Thread(target=order)
+    orderer.start()
+    while not live._orders:
+        pass
+    monkeypatch.setattr(BatchedEngine, "_prepared", fail)
+    go_on.set()
+    for thread in (holder, orderer):
+        thread.join(20)
+    with pytest.raises(LorafitError, match="out of memory"):
+        ticket.read(20)
+    with pytest.raises(LorafitError, match="out of memory"):
+        ask(live, "b")
+    assert late and "out of memory" in late[0]
+    assert (live.figures().running, live.figures().waiting, live.failed.done()) == (0, 0, True)
+    live.close(finish=True)
+
+
+def test_figures_tell_how_long_nothing_moved_and_who_reads(tokenizer: Any) -> None:
+    live = BatchedEngine(Engine(build_llama(), tokenizer))
+    time.sleep(0.05)
+    assert live.figures().still_seconds == 0  # nobody waits
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        held.set()
+        go_on.wait()
+
+    holder = threading.Thread(target=live.between_steps, args=[hold])
+    holder.start()
+    held.wait()
+    time.sleep(0.05)
+    ticket = live.submit(LiveRequest([5], None, SHORT, counts=False))
+    assert live.figures().still_seconds < 0.05  # since it came, at most
+    time.sleep(0.05)
+    assert live.figures().still_seconds > 0.04
+    go_on.set()
+    holder.join()
+    text_of(ticket)
+    live.close(finish=True)
+    figures = live.figures()
+    assert (figures.still_seconds, figures.reading) == (0, 0)
+    assert not (sum(figures.prompt_tokens.values()) or sum(figures.written_tokens.values()))
+    assert not sum(figures.finished.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,9 @@ import pytest
 
 from lorafit.answering.opening import Voice
 from lorafit.answering.sampling import Sampling
-from lorafit.answering.ticket import LiveRequest, Ticket
+from lorafit.answering.ticket import Figures, LiveRequest, Ticket, Written
 from lorafit.contracts import Silent
-from lorafit.errors import UsageError
+from lorafit.errors import LorafitError, NumericsError, UsageError
 from lorafit.serving import routes
 from lorafit.serving.catalog import Catalog, Served
 from lorafit.serving.errors import ApiError
@@ -29,11 +31,18 @@ class Engine:
     def __init__(self) -> None:
         self.limits, self.tickets = SimpleNamespace(waiting=8), list[Ticket]()
         self.closed, self.waits = threading.Event(), threading.Semaphore(0)
+        self.failed: Future[None] = Future()
+        self.told = Figures(0, 0)
+
+    def figures(self) -> Figures:
+        return self.told
 
     def room(self, prompt_tokens: int, adapter: str | None = None) -> int:
         return 100
 
-    def submit(self, request: LiveRequest, wake: Any) -> Ticket:
+    def submit(self, request: LiveRequest, wake: Any = None) -> Ticket:
+        if self.failed.done():
+            self.failed.result()
         self.tickets.append(Ticket(request, len(request.prompt_ids), wake))
         return self.tickets[-1]
 
@@ -121,3 +130,69 @@ def test_adapters_that_wait_to_go_hold_up_neither_others_nor_the_end(service: Se
 
     ends = asyncio.run(go())
     assert {end.status for end in ends if isinstance(end, ApiError)} == {503} and len(ends) == 40
+
+
+def health(service: Service, engine: Any, end: Any = None) -> tuple[str, int]:
+    """What a look at the health tells, and how many tokens it had written; `end` is done to their tickets."""
+
+    async def ask() -> str:
+        looking = asyncio.create_task(service.check_health())
+        while not engine.tickets and not looking.done():
+            await asyncio.sleep(0.001)
+        for ticket in engine.tickets if end is not None else ():
+            end(ticket)
+        try:
+            await asyncio.wait_for(looking, 5)
+        except ApiError as error:
+            assert error.status == 503
+            return error.message
+        return "well"
+
+    return asyncio.run(ask()), len(engine.tickets)
+
+
+def write(ticket: Ticket) -> None:
+    ticket.add(Written(1, "a"))
+    ticket.end("length")
+
+
+def fail(ticket: Ticket) -> None:
+    ticket.end("error", NumericsError("the model's logits are not finite"))
+
+
+def test_an_idle_server_shows_its_health_by_a_token_that_is_no_answer(service: Service) -> None:
+    engine: Any = service._engine
+    assert health(service, engine, write) == ("well", 1)
+    assert [ticket.request.counts for ticket in engine.tickets] == [False]
+    engine.tickets.clear()
+    told, asked = health(service, engine, fail)
+    assert "not finite" in told and asked == 1
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        (Figures(1, 0, 0, still_seconds=29), "well"),
+        (Figures(1, 3, 0, still_seconds=31), "no token was written within 30 seconds"),
+        (Figures(1, 3, reading=1, still_seconds=31), "well"),  # a long prompt, in one forward
+        (Figures(1, 3, reading=1, still_seconds=91), "no token was written within 90 seconds"),
+    ],
+)
+def test_a_busy_server_shows_its_health_by_its_forwards(service: Service, figures: Figures, expected: str) -> None:
+    engine: Any = service._engine
+    service.settings = replace(service.settings, timeout_seconds=90)
+    engine.told = figures
+    assert health(service, engine) == (expected, 0)
+
+
+def test_a_failed_engine_is_ill_and_says_why(service: Service) -> None:
+    engine: Any = service._engine
+    engine.failed.set_exception(LorafitError("the model failed: lost"))
+
+    async def ask() -> None:
+        with pytest.raises(ApiError, match="the model failed: lost") as told:
+            service.write(service.catalog.choose("a0"), [[1]], ORDER)
+        assert told.value.status == 500
+
+    asyncio.run(ask())
+    assert health(service, engine) == ("the model failed: lost", 0)
