@@ -191,6 +191,7 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int)
     """
     chunks = cut_chunks(samples)
     done = 0
+    is_frozen = gc.get_freeze_count() > 0  # by the program around
     gc.freeze()  # else Python's collector walks over every library object again and again while rows are made, and so
     try:  # makes each worker copy the pages that it shares with its parent
         for number, chunk in enumerate(chunks):
@@ -202,7 +203,8 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int)
             if workers:
                 yield from _encode_in_workers(encoder, chunks, workers)
     finally:
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def cut_chunks(samples: Iterable[PlacedSample]) -> Iterator[tuple[PlacedSample, ...]]:

@@ -218,7 +218,8 @@ def bootstrap_values(
 
 def values_of_sums(metric: Metric, sums: Floats) -> Floats:
     """The metric's values of each line of sums, `[lines, values]`."""
-    return np.array([list(metric.values(line).values()) for line in sums.tolist()])
+    found = [value for line in sums for value in metric.values(line.tolist()).values()]  # no list or dict a line stays:
+    return np.array(found).reshape(len(sums), -1)  # Python's collector would look through all of torch for each few
 
 
 def draw_counts(rows: int, resamples: int, seed: int) -> Iterator[Floats]:

@@ -163,9 +163,11 @@ if __name__ == "__main__":
     del sys.path[0]  # this folder
     end = End()
     atexit.register(end)
+    gc.disable()  # it takes a second of the imports
     import_all()
     gc.collect()
     gc.freeze()  # or each child's collections touch, and so copy, all that was imported
+    gc.enable()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     try:
         run(request["argv"])
