@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
@@ -122,7 +123,7 @@ class Observer(LiveTensors):  # type: ignore[no-untyped-call]
             if not tensor.is_cuda:
                 return own[2](tensor)
             self.note_wait("tolist")
-            return [0.0] * len(tensor)
+            return np.zeros(tensor.shape).tolist()
 
         functional.scaled_dot_product_attention = counted
         torch.cuda.synchronize = lambda device=None: self.note_wait("synchronize")
