@@ -10,6 +10,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 
+from lorafit.data.chat.traced_template import CLOCK
 from lorafit.errors import ModelError, UsageError
 from lorafit.exporting import gguf, gguf_lora
 from lorafit.exporting.exported import Exported
@@ -19,6 +20,7 @@ from lorafit.exporting.llama_cpp import require_llama_cpp
 from lorafit.exporting.probes import chats, render
 from lorafit.exporting.source import Source
 from lorafit.files.atomic import atomic_dir
+from lorafit.model.tokenizer_files import DEFAULT
 
 MODELFILE, _MODEL, _ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 _MOST_POSITIONS = 8192  # what num_ctx asks for at most: its cache is memory from the first token on
@@ -63,7 +65,15 @@ def _template(source: Source) -> tuple[str, list[str]]:
     if source.voice.chats is None:
         return "{{ .Prompt }}", ["it was trained on verbatim text: Ollama sends the prompt as it is"]
     text, notes = translate(partial(render, source), chats())
+    if CLOCK in source.companions.templates[DEFAULT]:
+        notes.append(f"the trained template writes a date, and Ollama's the one of {_date_of(source)} on every day")
     return text, [f"the template was compared with the trained one on {len(chats())} chats", *notes, _NO_TOOLS]
+
+
+def _date_of(source: Source) -> str:
+    """The date that the run's template is pinned to."""
+    written = source.card.template_date if source.card is not None else None
+    return "this export" if written is None else f"its training, {written[:10]}"
 
 
 _NO_TOOLS = "tools are not in the template: Ollama will not offer any"

@@ -24,6 +24,7 @@ from lorafit.errors import LorafitError, ModelError, ResourceError, UsageError
 from lorafit.exporting.export import export
 from lorafit.exporting.exported import Wish
 from lorafit.exporting.model_card import _use
+from lorafit.exporting.ollama import _template
 from lorafit.exporting.source import open_source
 from lorafit.facts import ModelClass
 from lorafit.model.adapter import save_adapter
@@ -172,6 +173,13 @@ def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path, m
     export(run, to="ollama", output=tmp_path / "b", from_base="smollm2:135m")
     assert (tmp_path / "b" / "Modelfile").read_text().startswith("FROM smollm2:135m\nADAPTER ./adapter.gguf\n")
     assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["Modelfile", "adapter.gguf"]
+
+
+def test_a_date_in_the_template_is_said(run: Path) -> None:
+    source = open_source(run, Wish("ollama"), Silent())
+    written = "{{ strftime_now('%Y') }}" + source.companions.templates["default"]
+    dated = replace(source, companions=replace(source.companions, templates={"default": written}))
+    assert "writes a date" in " ".join(_template(dated)[1]) and "a date" not in " ".join(_template(source)[1])
 
 
 class Receiver(Handler):
