@@ -36,6 +36,7 @@ class Sample:
         file: The file or hub data set as the recipe names it.
         line: Line in the file, from 1 (the row's number for parquet and hub data).
         must_contain: Strings that a right answer holds; used by the metric of that name.
+        paraphrases: The user's last words said otherwise; used by the metric paraphrase_consistency.
         labels: Names of the classes that the row belongs to; None where it is not classified. With `words` one a word.
         words: The text word by word, where each has a label.
         text_pair: A second text that is read together with the first; None where there is none.
@@ -55,6 +56,7 @@ class Sample:
     completion: str | None = None
     text: str | None = None
     must_contain: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
     words: tuple[str, ...] | None = None
     text_pair: str | None = None
@@ -74,6 +76,13 @@ class Sample:
     def turns(self) -> tuple[Message, ...]:
         """A prompt as a chat: a text alone is what the user says."""
         return self.messages if self.messages is not None else ({"role": "user", "content": self.prompt},)
+
+    @property
+    def said(self) -> str:
+        """Of a prompt what the user says last; empty where it ends in something else than a text of the user."""
+        last = self.turns[-1] if self.turns else {}
+        content = last.get("content") if last.get("role") == "user" else None
+        return content if isinstance(content, str) else ""
 
 
 PlacedSample: TypeAlias = tuple[int, int, Sample]
@@ -225,6 +234,7 @@ class GenerationRow:
         calls: Names of the tools that the answer calls, in order, where the row holds calls apart from its text.
         is_inner: Whether it is a turn before the row's last answer: the last one that calls tools.
         pictures: The prompt's images.
+        asked: What the prompt is made of, the answer apart: whoever asks it in other words takes it from here.
     """
 
     prompt_ids: list[int]
@@ -236,6 +246,7 @@ class GenerationRow:
     calls: tuple[str, ...] = ()
     is_inner: bool = False
     pictures: tuple[PlacedPicture, ...] = ()
+    asked: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True)

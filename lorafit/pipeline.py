@@ -223,6 +223,7 @@ def evaluate(
         about_evaluation,
         changed_evaluation,
         fit_base_side,
+        open_asking,
         open_evaluation,
         refer_as_begun,
         score_base_once,
@@ -247,6 +248,7 @@ def evaluate(
     check_reports(opened.run, report)
     with_calls = any(metrics.get(name).needs == "calls" for name in job.recipe.evaluation.final)
     asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
+    asking = open_asking(opened, job, reporter)
     engine = tuned.load(job.tokenizer, reporter)
     objective = build_objective(job, engine.model, tuned.card.dtype)
     prove(job, objective, job.rows.splits[split], reporter)
@@ -270,6 +272,7 @@ def evaluate(
         base_scorer=base_scorer,
         base_note=base_note,
         base_once=score_base_once(base_sides, job, tuned, examples, tokens),
+        asking=asking,
         about=about_evaluation(opened, engine.model, split, step),
     )
     result = replace(result, seconds=time.perf_counter() - started)

@@ -15,10 +15,12 @@ from lorafit.data.store import ExampleSet
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.evaluation.base_side import FittedBase
 from lorafit.evaluation.evaluation import About
+from lorafit.evaluation.further import Asking
 from lorafit.evaluation.runner import Side
 from lorafit.files.cache import key_of_code
 from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
+from lorafit.kinds.metrics import metrics, with_companions
 from lorafit.machine.devices import read_device
 from lorafit.model.inspect import coverage
 from lorafit.objective import Objective
@@ -29,6 +31,7 @@ from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
 
 if TYPE_CHECKING:
     import torch
+
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
 """What a trained run is: it is taken from the run's card, whatever a recipe says now."""
@@ -153,6 +156,24 @@ def _open_rows(loaded: LoadedRecipe, tuned: Tuned, split: str, reporter: Reporte
     renderer = tuned.renderer(data, tokenizer)
     rows, shape = prepare_rows(loaded, renderer, tuned.base.config, reporter, only=[split, "retention"])
     return Job(loaded, tuned.base, shape, tokenizer, renderer, rows, read_device())
+
+
+def open_asking(opened: OpenedRun, job: Job, reporter: Reporter) -> Asking:
+    """What the recipe's metrics are given that ask more than the rows' own answers, or compare answers by an encoder.
+
+    Raises:
+        ModelError: The encoder is not there, or is none.
+    """
+    evaluation, encoder = job.recipe.evaluation, None
+    embeds = {metrics.get(name).embeds for name in with_companions(evaluation.final)}
+    if evaluation.encoder is not None and embeds != {"no"}:
+        from lorafit.model.sentence_encoder import SentenceEncoder
+
+        folder = opened.loaded.folder / Path(evaluation.encoder).expanduser()
+        encoder = SentenceEncoder.open(folder, job.device.kind, reporter)
+    return Asking(
+        job.renderer.reword, evaluation.repeats, evaluation.repeat_temperature, job.recipe.seed, encoder=encoder
+    )
 
 
 def refer_as_begun(

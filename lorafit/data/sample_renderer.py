@@ -249,7 +249,7 @@ class Renderer:
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
         if self.apart is not None:
-            ids = self.apart.source(sample.prompt, self.data.max_length).input_ids
+            ids = self.reword(sample, sample.prompt)
             return [self._generation_row(sample, ids, sample.completion)] if sample.completion is not None else []
         messages = self._messages(sample)
         if messages is None:
@@ -263,6 +263,23 @@ class Renderer:
         last = [self._ask_turn(sample, messages, trained[-1])] if trained else []
         return [*(replace(row, must_contain=(), is_inner=True) for row in inner), *last]
 
+    def reword(self, asked: Sample, words: str) -> list[int]:
+        """Token ids of what asks for an answer, with other words in the place of what the user says last.
+
+        Args:
+            asked: Of a row that is answered (`GenerationRow.asked`).
+            words: The other words.
+
+        Raises:
+            DataError: The chat template refuses them.
+        """
+        if self.apart is not None:
+            return self.apart.source(words, self.data.max_length).input_ids
+        if asked.messages is None:
+            return self._plain.prompt_ids(words)
+        turns = (*asked.messages[:-1], {**asked.messages[-1], "content": words})
+        return ask(self.chats, turns, asked, self.pictures).input_ids
+
     def _ask_turn(self, sample: Sample, messages: tuple[Message, ...], number: int) -> GenerationRow:
         prompt = ask(self.chats, messages[:number], sample, self.pictures)
         rendering = self.chats.render(messages[: number + 1], sample.tools, self._texts(prompt.pictures))
@@ -271,11 +288,12 @@ class Renderer:
         reference = rendering.text[turn.start : turn.end if calls else turn.answer_end]
         if calls:  # an answer ends where its last typed character does, a call behind the brackets that close it
             reference = self._without_end(reference)
-        return self._generation_row(sample, prompt.input_ids, reference, calls, prompt.pictures)
+        asked = replace(sample, messages=messages[:number])
+        return self._generation_row(asked, prompt.input_ids, reference, calls, prompt.pictures)
 
     def _generation_row(
         self,
-        sample: Sample,
+        asked: Sample,
         prompt_ids: list[int],
         reference: str,
         calls: tuple[str, ...] = (),
@@ -283,9 +301,9 @@ class Renderer:
     ) -> GenerationRow:
         shown = prompt_ids if self.pictures is None else self.pictures.fold(prompt_ids, pictures)
         prompt_text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        where = sample.file, sample.line
-        must_contain = sample.must_contain
-        return GenerationRow(prompt_ids, str(prompt_text), reference, must_contain, *where, calls, pictures=pictures)
+        where, holds = (asked.file, asked.line), asked.must_contain
+        text = str(prompt_text)
+        return GenerationRow(prompt_ids, text, reference, holds, *where, calls, pictures=pictures, asked=asked)
 
     def _without_end(self, answer: str) -> str:
         """An answer's text without the token that ends its turn."""

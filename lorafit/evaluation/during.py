@@ -15,6 +15,7 @@ import numpy as np
 from lorafit.answering.generate import Request
 from lorafit.contracts import Silent
 from lorafit.errors import DataError
+from lorafit.evaluation.further import as_asked
 from lorafit.evaluation.runner import find_asked, measure, score_examples
 from lorafit.kinds.metrics import RowScore, metrics
 from lorafit.ops.isolation import evaluating
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from lorafit.answering.generate import Answer
     from lorafit.answering.sampling import Sampling
     from lorafit.contracts import Examples, GenerationRow
-    from lorafit.evaluation.runner import Ranks
+    from lorafit.evaluation.further import as_asked
+from lorafit.evaluation.runner import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def _measure_answers(
     for number, row in enumerate(asked):
         answer = answers.get(number)
         text, written = (answer.text, answer.written) if answer is not None else ("", "")
-        rows.append(RowScore({}, text, row.reference, row.must_contain, written, row.calls))
+        rows.append(as_asked(RowScore(answer=text, written=written), row))
         own.append(answer is not None)
     usable = [number for number, row in enumerate(rows) if metric.usable(row)]
     sums = np.asarray(metric.row_sums([rows[number] for number in usable]))

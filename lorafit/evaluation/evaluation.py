@@ -106,6 +106,7 @@ class Evaluation:
         base_note: What the base was scored with, where that is not the base alone.
         tables: What the task shows beside metrics, of the tuned model.
         base_tables: The same of the base.
+        metric_tables: What metrics show beside their values, of both models.
     """
 
     about: About
@@ -125,6 +126,7 @@ class Evaluation:
     base_note: str = ""
     tables: tuple[ReportTable, ...] = ()
     base_tables: tuple[ReportTable, ...] = ()
+    metric_tables: tuple[ReportTable, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -149,6 +151,7 @@ class Evaluation:
             },
             "base_note": self.base_note,
             "tables": {"base": _by_name(self.base_tables), "tuned": _by_name(self.tables)},
+            "metric_tables": _by_name(self.metric_tables),
             "worst_rows": [row.to_json() for row in self.worst],
             "signatures": self.signatures,
             "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": self.seed},

@@ -135,8 +135,8 @@ def render_markdown(evaluation: Evaluation) -> str:
         lines += ["", f"## Retention: {counted(evaluation.retention_rows, 'row')} of general ability", ""]
         lines += [f"- {line}" for line in describe_retention(evaluation)]
         lines += ["", *_markdown_table(evaluation.retention)]
-    for table in evaluation.tables:
-        lines += ["", f"## Tuned model, {table.title}", ""]
+    for title, table in _titled_tables(evaluation):
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
         lines += _as_markdown([table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.cells()])
     lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
     lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
@@ -234,7 +234,7 @@ def render_evaluation(
         parts += [
             Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.retention, _RETENTION_WORDS)
         ]
-    parts += [_draw_table(table) for table in evaluation.tables]
+    parts += [_draw_table(title, table) for title, table in _titled_tables(evaluation)]
     parts += [Text(line, style="dim") for line in describe(evaluation)]
     for worst in evaluation.worst[:WORST_ROWS_SHOWN]:
         parts.append(Text(f"\n{headline(worst, place(worst.row.file))}", style="bold"))
@@ -253,10 +253,16 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
     return table
 
 
-def _draw_table(shown: ReportTable) -> Table:
-    """A task's own table, its first lines."""
+def _titled_tables(evaluation: Evaluation) -> Iterator[tuple[str, ReportTable]]:
+    """Those of the task and those of metrics, each with its title."""
+    yield from ((f"tuned model, {table.title}", table) for table in evaluation.tables)
+    yield from ((table.title, table) for table in evaluation.metric_tables)
+
+
+def _draw_table(title: str, shown: ReportTable) -> Table:
+    """A table of the task or of a metric, its first lines."""
     more = len(shown.lines) - LINES_SHOWN
-    title = f"\ntuned model, {shown.title}" + (f": the first {LINES_SHOWN} of {len(shown.lines)}" if more > 0 else "")
+    title = f"\n{title}" + (f": the first {LINES_SHOWN} of {len(shown.lines)}" if more > 0 else "")
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for number, heading in enumerate(shown.headings):
         table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, ReportTable
+from lorafit.evaluation.further import Asking, Replies, as_asked
 from lorafit.evaluation.statistics import Comparison, compare
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import Metric, Reply, RowScore, metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.contracts import Example, Examples, GenerationRow, ShownSequence
+    from lorafit.contracts import Example, Examples, GenerationRow, Reporter, ShownSequence
     from lorafit.objective import TrainedTask
 
 
@@ -123,25 +124,29 @@ def join_rows(
     asked: Sequence[GenerationRow] = (),
     base_answers: Sequence[Answer] = (),
     tuned_answers: Sequence[Answer] = (),
+    base_further: Sequence[Replies] | None = None,
+    tuned_further: Sequence[Replies] | None = None,
 ) -> tuple[Row, ...]:
     """One Row a source row. Examples that were split from one row are added up: rows are what a bootstrap may draw."""
+    none: Sequence[Replies] = [{}] * len(asked)
     joined: dict[tuple[str, int], Row] = {}
     for index, (base, tuned) in enumerate(zip(base_losses, tuned_losses, strict=True)):
         file, line = place_of(examples[index])
         known = joined.get((file, line), Row(file, line))
         joined[file, line] = replace(known, base=known.base.plus(base), tuned=known.tuned.plus(tuned))
-    for question, base_answer, tuned_answer in zip(asked, base_answers, tuned_answers, strict=True):
+    answered = zip(asked, zip(base_answers, base_further or none, strict=True), strict=True)
+    for (question, of_base), of_tuned in zip(
+        answered, zip(tuned_answers, tuned_further or none, strict=True), strict=True
+    ):
         known = joined.get((question.file, question.line), Row(question.file, question.line))
         base, tuned = (
             replace(
-                side,
+                as_asked(side, question),
                 answer=answer.written if question.calls else answer.text,  # as the reference: calls are control tokens
-                reference=question.reference,
-                must_contain=question.must_contain,
                 written=answer.written,
-                calls=question.calls,
+                further=further,
             )
-            for side, answer in ((known.base, base_answer), (known.tuned, tuned_answer))
+            for side, (answer, further) in ((known.base, of_base), (known.tuned, of_tuned))
         )
         images = tuple(one.file for one in question.pictures)
         here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned, images=images)
@@ -157,14 +162,48 @@ def compare_rows(
     unscored: list[Unscored] = []
     for name in dict.fromkeys(metric_names):
         metric = metrics.get(name)
-        read = [row.asked_for(metric.needs) for row in rows]
-        usable = [row for row in read if metric.usable(row.base) and metric.usable(row.tuned)]
+        usable = usable_rows(rows, metric)
         if len(usable) < len(rows):
             unscored.append(Unscored(name, len(rows) - len(usable), len(rows), metric.condition))
         if usable:
             base, tuned = [row.base for row in usable], [row.tuned for row in usable]
             comparisons += compare(name, metric, base, tuned, seed=seed)
     return tuple(comparisons), tuple(unscored)
+
+
+def usable_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """The rows that a metric can score of both models, as it reads them."""
+    read = [row.asked_for(metric.needs) for row in rows]
+    return [row for row in read if metric.usable(row.base) and metric.usable(row.tuned)]
+
+
+def with_vectors(
+    rows: Sequence[Row], metric_names: Sequence[str], asking: Asking | None, reporter: Reporter
+) -> tuple[Row, ...]:
+    """The rows with the embeddings that metrics compare texts by; as they are without an encoder."""
+    read = [metric for metric in map(metrics.get, dict.fromkeys(metric_names)) if metric.embeds != "no"]
+    texts = [
+        text
+        for metric in read
+        for row in usable_rows(rows, metric)
+        for side in (row.base, row.tuned)
+        for text in metric.texts(side)
+    ]
+    if asking is None or asking.encoder is None or not texts:
+        return tuple(rows)
+    vectors = asking.encoder.embed(texts, reporter)
+    return tuple(
+        replace(row, base=replace(row.base, vectors=vectors), tuned=replace(row.tuned, vectors=vectors)) for row in rows
+    )
+
+
+def show_metrics(rows: Sequence[Row], metric_names: Sequence[str]) -> tuple[ReportTable, ...]:
+    """What metrics show beside their values."""
+    found = list[ReportTable]()
+    for metric in map(metrics.get, dict.fromkeys(metric_names)):
+        if usable := usable_rows(rows, metric):
+            found += metric.tables([row.base for row in usable], [row.tuned for row in usable])
+    return tuple(found)
 
 
 def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[WorstRow]:
@@ -177,10 +216,10 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[W
     metric = metrics.get(name)
     sign = 1.0 if metric.better == "higher" else -1.0
     found: list[tuple[float, float, WorstRow]] = []
-    for row in (row.asked_for(metric.needs) for row in rows):
-        if not (metric.usable(row.base) and metric.usable(row.tuned)):
-            continue
-        base, tuned = (next(iter(metric.values(metric.row_sums([side])[0]).items())) for side in (row.base, row.tuned))
+    usable = usable_rows(rows, metric)
+    sides = [metric.row_sums([row.base for row in usable]), metric.row_sums([row.tuned for row in usable])]
+    for row, base_sums, tuned_sums in zip(usable, *sides, strict=True):
+        base, tuned = (next(iter(metric.values(sums).items())) for sums in (base_sums, tuned_sums))
         loss = row.tuned.mean_loss
         second = -math.inf if loss is None else -loss
         found.append((sign * tuned[1], second, WorstRow(row, tuned[0], base[1], tuned[1])))
@@ -226,10 +265,16 @@ def _shown(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+def _reply(reply: Reply) -> JsonObject:
+    words = {} if reply.question.words is None else {"words": reply.question.words}
+    return {"asked": reply.question.name, **words, "answer": reply.text}
+
+
 def _side(score: RowScore) -> JsonObject:
     sums = {name: values for name, values in score.sums.items() if name not in ("loss", "weight")}
     shown = {name: _shown(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
-    return {"loss": score.mean_loss, **shown, "answer": score.answer}
+    further = {name: [_reply(reply) for reply in replies] for name, replies in score.further.items()}
+    return {"loss": score.mean_loss, **shown, "answer": score.answer, **({"further": further} if further else {})}
 
 
 def _tell_answers(shown: tuple[ShownSequence, ...]) -> tuple[ShownSequence, ...]:

@@ -22,7 +22,8 @@ from lorafit.answering.sampling import Sampling
 from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
-from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
+from lorafit.evaluation.further import Asking, FurtherQuestions, Replies, as_asked
+from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows, show_metrics, with_vectors
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes, run_or_halve
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 Scores = Mapping[str, NDArray[np.float64]]
 """What a task scores of the rows of a micro-batch, by name."""
 
-Side = tuple[list[RowScore], list[Answer], list[RowScore]]
-"""Of one of the two models: scores of the rows, answers, scores of the retention rows."""
+Side = tuple[list[RowScore], list[Answer], list[RowScore], list[Replies]]
+"""Of one of the two models: scores of the rows, answers, scores of the retention rows, what metrics asked beside."""
 
 
 class Ranks(Protocol):
@@ -191,6 +192,7 @@ def evaluate_pair(
     base_scorer: Any = None,
     base_note: str = "",
     base_once: Callable[[Callable[[], Side]], Side] = lambda score: score(),
+    asking: Asking | None = None,
 ) -> Evaluation:
     """Base (adapter off) and tuned model on the same rows, with intervals and verdicts.
 
@@ -210,6 +212,7 @@ def evaluate_pair(
         base_scorer: Scores the base's rows in the place of the objective (`FittedBase`), its adapter off.
         base_note: What the base is scored with, where that is not the base alone.
         base_once: Gives what scoring the base gives, by that or from an earlier evaluation of the same.
+        asking: What metrics are given that read more than the rows' own answers; None where none does.
 
     Raises:
         DataError: There are no rows.
@@ -219,20 +222,16 @@ def evaluate_pair(
     forget_peak_memory(engine.device, of_process=False)
     _require_rows(examples, generation_rows)
     asked = find_asked(generation_rows, metric_names)
+    questions = FurtherQuestions.of(asked, metric_names, asking)
+    questions.tell(sampling, reporter)
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
     score = partial(score_examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
-
-    def run(side: str, adapter: str | None, scorer: Any) -> Side:
-        with engine.using(adapter):
-            kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
-            losses = score(scorer, examples, what=f"scoring, {side} model")
-        requests = [Request.of_row(row, adapter, sampling, stop_ids) for row in asked]
-        return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
-
+    run = partial(_run_side, engine, examples, retention, questions, sampling, stop_ids, score, reporter)
     with evaluating(objective):
-        base, base_answers, base_kept = base_once(lambda: run("base", None, base_scorer or objective))
-        tuned, answers, kept = run("tuned", engine.adapters[0], objective)
-    rows = join_rows(examples, base, tuned, asked, base_answers, answers)
+        base, base_answers, base_kept, base_further = base_once(lambda: run("base", None, base_scorer or objective))
+        tuned, answers, kept, further = run("tuned", engine.adapters[0], objective)
+    rows = join_rows(examples, base, tuned, asked, base_answers, answers, base_further, further)
+    rows = with_vectors(rows, metric_names, asking, reporter)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
     retained = join_rows(retention, base_kept, kept) if retention is not None else ()
     return Evaluation(
@@ -253,7 +252,30 @@ def evaluate_pair(
         base_note=base_note,
         tables=objective.task.tables([row.tuned.sums for row in rows]),
         base_tables=(base_scorer or objective).task.tables([row.base.sums for row in rows]),
+        metric_tables=show_metrics(rows, metric_names),
     )
+
+
+def _run_side(
+    engine: Engine,
+    examples: Examples,
+    retention: Examples | None,
+    questions: FurtherQuestions,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    score: Callable[..., list[RowScore]],
+    reporter: Reporter,
+    side: str,
+    adapter: str | None,
+    scorer: Any,
+) -> Side:
+    """One of the two models: its scores, its answers, and what metrics ask beside."""
+    with engine.using(adapter):
+        kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
+        losses = score(scorer, examples, what=f"scoring, {side} model")
+    requests = [Request.of_row(row, adapter, sampling, stop_ids) for row in questions.rows]
+    answers = engine.answer(requests, reporter=reporter, what=f"answers, {side} model")
+    return losses, answers, kept, questions.ask(engine, adapter, sampling, stop_ids, reporter, side)
 
 
 def _scored(task: Task[TaskSection]) -> list[str]:
@@ -282,7 +304,7 @@ def find_asked(generation_rows: Sequence[GenerationRow], metric_names: Sequence[
     readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "scores"]
     asked = []
     for row in generation_rows:
-        probe = RowScore({}, "", row.reference, row.must_contain, "", row.calls)
+        probe = as_asked(RowScore(answer="", written=""), row)
         if any(metric.usable(probe) for metric in readers if metric.needs == "calls" or not row.is_inner):
             asked.append(row)
     return asked

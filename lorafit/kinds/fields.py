@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonMapping
@@ -14,7 +14,9 @@ from lorafit.files.strict_json import JsonError, parse_json
 
 Row = JsonMapping
 
-MUST_CONTAIN = "must_contain"
+MUST_CONTAIN, PARAPHRASES = "must_contain", "paraphrases"
+CHECKS: Mapping[str, bool] = {MUST_CONTAIN: False, PARAPHRASES: False}
+"""Fields that tell metrics over answers what to look for, as `Format.fields` has them."""
 _RENAME, _OR_MAP = "rename it", ", or map it with columns: "
 _COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
@@ -133,18 +135,39 @@ def read_must_contain(row: Row) -> tuple[str, ...]:
     Raises:
         DataError: It is something else, or one of them is empty and would be met by any answer.
     """
-    value = row.get(MUST_CONTAIN)
+    return _read_strings(row, MUST_CONTAIN, "holds an empty string, which every answer contains")
+
+
+class Checks(TypedDict):
+    """What `CHECKS` hold: strings that a right answer holds, and other ways to say the user's last words."""
+
+    must_contain: tuple[str, ...]
+    paraphrases: tuple[str, ...]
+
+
+def read_checks(row: Row) -> Checks:
+    """The fields of `CHECKS`; `paraphrases` is written as `must_contain` is.
+
+    Raises:
+        DataError: One is something else, or holds an empty string.
+    """
+    paraphrases = _read_strings(row, PARAPHRASES, "holds an empty string, which says nothing")
+    return {"must_contain": read_must_contain(row), "paraphrases": paraphrases}
+
+
+def _read_strings(row: Row, name: str, empty: str) -> tuple[str, ...]:
+    value = row.get(name)
     if value is None or value == "":
         return ()
     if isinstance(value, str):
-        value = read_json_list(value, MUST_CONTAIN) if value.lstrip().startswith('["') else [value]
+        value = read_json_list(value, name) if value.lstrip().startswith('["') else [value]
     if not isinstance(value, list):
-        raise wrong_type(MUST_CONTAIN, "string or list of strings", value)
+        raise wrong_type(name, "string or list of strings", value)
     for item in value:
         if not isinstance(item, str):
-            raise wrong_type(MUST_CONTAIN, "list of strings", item)
+            raise wrong_type(name, "list of strings", item)
         if not item.strip():
-            raise DataError("holds an empty string, which every answer contains", key=MUST_CONTAIN)
+            raise DataError(empty, key=name)
     return tuple(value)
 
 

@@ -146,6 +146,11 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
     if evaluation.length_penalty != 1.0 and evaluation.num_beams == 1:
         keys = ("evaluation.length_penalty", "evaluation.num_beams")
         yield Disagreement(keys, "only a beam search reads it", "set evaluation.num_beams, e.g. 4, or leave it out")
+    for number, name in enumerate(evaluation.final):
+        if metrics.get(name).embeds == "must" and evaluation.encoder is None:
+            keys, todo = (f"evaluation.final[{number}]", "evaluation.encoder"), "name the folder of one, e.g. MiniLM's"
+            what = f"{name} compares texts by a sentence encoder, and evaluation.encoder is not set"
+            yield Disagreement(keys, what, todo, is_missing=True)
     least, most = evaluation.min_new_tokens, evaluation.max_new_tokens
     if least > most:
         keys, todo = ("evaluation.min_new_tokens", "evaluation.max_new_tokens"), "lower it, or raise max_new_tokens"

@@ -83,7 +83,7 @@ def one_name_of(what: str, names: Sequence[str]) -> tuple[AfterValidator, WithJs
 
 
 _USUAL = tasks.make("causal-lm")
-_WHILE_TRAINING = [name for name, metric in metrics.items() if metric.needs != "calls"]
+_WHILE_TRAINING = [name for name, metric in metrics.items() if metric.while_training]
 
 FormatName = Annotated[str, *one_name_of("format", ["auto", *formats.names()])]
 MetricName = Annotated[str, *one_name_of("metric", metrics.names())]
@@ -314,6 +314,12 @@ class EvaluationSection(Section):
     """Stop when a metric no longer improves."""
     on_plateau: PlateauSection | None = None
     """Lower the learning rate when the metric no longer improves, which is that of `early_stopping`, or the loss."""
+    repeats: int = Field(default=4, ge=2, le=100)
+    """Answers that are drawn for each row where a metric compares an answer with itself (sampled_similarity)."""
+    repeat_temperature: float = Field(default=0.7, gt=0.0, le=10.0)
+    """Temperature of those draws."""
+    encoder: Word | None = Field(default=None, json_schema_extra=PATH)
+    """Folder of a sentence encoder such as all-MiniLM-L6-v2, by which metrics compare texts; null: by their letters."""
     retention: Sources | None = None
     """Rows of general ability, scored for base and tuned model: what was forgotten."""
 

@@ -50,6 +50,7 @@ EASY = {"data.train": "../rows/numbered.jsonl", "training.batch_size": 3, "train
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
 NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
 HEADED = "token-classification", "sequence-regression"
+DRAWN = {"evaluation.final": ["sampled_similarity"]}
 TRACKERS = "tensorboard", "wandb", "mlflow", "trackio"
 
 
@@ -362,6 +363,9 @@ def evaluation_cases(world: OptionWorld) -> dict[str, Case]:
         "evaluation.num_beams": Case((1, 4), asked("num_beams")),
         "evaluation.length_penalty": Case((-9.0, 9.0), partial(tokens_of_answers, world, "length_penalty")),
         "evaluation.no_repeat_ngram_size": Case((0, 1), asked("no_repeat_ngram_size")),
+        "evaluation.repeats": Case((2, 3), asked("repeats", DRAWN)),
+        "evaluation.repeat_temperature": Case((0.1, 5.0), asked("repeat_temperature", DRAWN)),
+        "evaluation.encoder": Case((None, str(world.root / "encoder")), asked("encoder", DRAWN), ("nowhere",)),
         "evaluation.answered_rows": Case((1, 4), of_run(world, "evaluation.answered_rows", evaluation_lines, chrf)),
         "evaluation.early_stopping": Case(
             (None, {"patience": 1, "min_delta": 100.0}),

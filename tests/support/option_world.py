@@ -19,6 +19,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.job import Job, open_job
 from lorafit.plan import Plan
 from lorafit.recipe.load import LoadedRecipe, load_recipe
+from tests.support.tiny_encoder import make_encoder
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_pairs, make_rows, make_verdicts, write_rows
 
@@ -70,6 +71,7 @@ class OptionWorld:
         self._folders = 0
         make_base(root / "base")
         make_base(root / "other", seed=1)
+        make_encoder(root / "encoder")
         (root / "rows").mkdir()
         for name, rows in rows_by_file().items():
             write_rows(root / "rows" / name, rows)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from lorafit.contracts import Message, Sample
 from lorafit.kinds.chat_fields import assistant_turn, user_turn, with_system
 from lorafit.kinds.fields import (
+    CHECKS,
     Row,
+    read_checks,
     read_filled_string,
     read_json_list,
-    read_must_contain,
     read_optional_string,
     wrong_type,
 )
@@ -29,7 +30,7 @@ class Alpaca(Format):
         "input": False,
         "system": False,
         "history": False,
-        "must_contain": False,
+        **CHECKS,
     }
     answer = "output"
     rewordable = frozenset({"instruction", "input"})
@@ -42,11 +43,11 @@ class Alpaca(Format):
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of the history and one more turn each."""
         messages = (*_read_asked(row), assistant_turn(read_filled_string(row, "output")))
-        return Sample(file, line, messages=messages, must_contain=read_must_contain(row))
+        return Sample(file, line, messages=messages, **read_checks(row))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The same chat up to the user's last turn."""
-        return Sample(file, line, messages=_read_asked(row), must_contain=read_must_contain(row))
+        return Sample(file, line, messages=_read_asked(row), **read_checks(row))
 
 
 def _read_asked(row: Row) -> tuple[Message, ...]:

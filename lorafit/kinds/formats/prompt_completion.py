@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorafit.contracts import Sample
-from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_string
+from lorafit.kinds.fields import CHECKS, Row, read_checks, read_filled_string, read_string
 from lorafit.kinds.formats import Format, formats
 
 
@@ -15,7 +15,7 @@ class PromptCompletion(Format):
 
     priority = 50
     asks = "prompt"
-    fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
+    fields: Mapping[str, bool] = {"prompt": True, "completion": True, **CHECKS}
     answer = "completion"
     rewordable = frozenset({"prompt"})
     known_as: Mapping[str, tuple[str, ...]] = {
@@ -27,8 +27,8 @@ class PromptCompletion(Format):
     def read(self, row: Row, file: str, line: int) -> Sample:
         """Both strings as they are; the prompt may be empty."""
         prompt, completion = read_string(row, "prompt"), read_filled_string(row, "completion")
-        return Sample(file, line, prompt=prompt, completion=completion, must_contain=read_must_contain(row))
+        return Sample(file, line, prompt=prompt, completion=completion, **read_checks(row))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The prompt as it is."""
-        return Sample(file, line, prompt=read_filled_string(row, "prompt"), must_contain=read_must_contain(row))
+        return Sample(file, line, prompt=read_filled_string(row, "prompt"), **read_checks(row))

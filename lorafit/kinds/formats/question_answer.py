@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lorafit.contracts import Message, Sample
 from lorafit.kinds.chat_fields import assistant_turn, user_turn, with_system
-from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_optional_string
+from lorafit.kinds.fields import CHECKS, Row, read_checks, read_filled_string, read_optional_string
 from lorafit.kinds.formats import Format, formats
 
 
@@ -16,7 +16,7 @@ class QuestionAnswer(Format):
 
     priority = 40
     asks = "question"
-    fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
+    fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, **CHECKS}
     answer = "answer"
     rewordable = frozenset({"question"})
     known_as: Mapping[str, tuple[str, ...]] = {
@@ -33,11 +33,11 @@ class QuestionAnswer(Format):
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of two turns, behind the system message if there is one."""
         messages = (*_read_asked(row), assistant_turn(read_filled_string(row, "answer")))
-        return Sample(file, line, messages=messages, must_contain=read_must_contain(row))
+        return Sample(file, line, messages=messages, **read_checks(row))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The question, behind the system message if there is one."""
-        return Sample(file, line, messages=_read_asked(row), must_contain=read_must_contain(row))
+        return Sample(file, line, messages=_read_asked(row), **read_checks(row))
 
 
 def _read_asked(row: Row) -> tuple[Message, ...]:

@@ -9,11 +9,12 @@ from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.chat_fields import read_call, read_entries, read_tools, read_weight, with_system, without_answer
 from lorafit.kinds.fields import (
+    CHECKS,
     Row,
     listed,
     missing_field,
+    read_checks,
     read_json,
-    read_must_contain,
     read_optional_string,
     read_string,
     wrong_type,
@@ -34,7 +35,7 @@ class ShareGpt(Format):
 
     priority = 20
     asks = "conversations"
-    fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, "must_contain": False}
+    fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, **CHECKS}
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The chat in OpenAI's form."""
@@ -46,7 +47,7 @@ class ShareGpt(Format):
         if system and turns[0]["role"] == "system":
             raise DataError("stands in the row and in its first turn", key="system", todo="keep one of them")
         messages = with_system(system, turns)
-        return Sample(file, line, messages=messages, tools=read_tools(row), must_contain=read_must_contain(row))
+        return Sample(file, line, messages=messages, tools=read_tools(row), **read_checks(row))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The chat up to the answer that is to be written."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lorafit.contracts import Sample
 from lorafit.errors import DataError
-from lorafit.kinds.fields import Row, missing_field, read_filled_string, read_must_contain
+from lorafit.kinds.fields import CHECKS, Row, missing_field, read_checks, read_filled_string
 from lorafit.kinds.formats import Format, formats
 
 _PAIRS = {"source": "target", "article": "highlights", "document": "summary", "text": "summary"}
@@ -21,7 +21,7 @@ class SourceTarget(Format):
     fields: Mapping[str, bool] = {
         "source": True,
         "target": True,
-        "must_contain": False,
+        **CHECKS,
         **dict.fromkeys([*list(_PAIRS)[1:], "highlights", "summary"], False),
     }
     answer = "target"
@@ -46,12 +46,12 @@ class SourceTarget(Format):
                 raise DataError("does not say which language is the source", key=_NESTED, todo=todo)
             raise missing_field("source" if "source" not in row else "target", row)
         source, target = (read_filled_string(row, name) for name in names)
-        return Sample(file, line, prompt=source, completion=target, must_contain=read_must_contain(row), is_apart=True)
+        return Sample(file, line, prompt=source, completion=target, is_apart=True, **read_checks(row))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The source alone."""
         name = next((source for source in _PAIRS if source in row), "source")
-        return Sample(file, line, prompt=read_filled_string(row, name), must_contain=read_must_contain(row))
+        return Sample(file, line, prompt=read_filled_string(row, name), **read_checks(row))
 
 
 def _is_nested(row: Row) -> bool:

@@ -6,6 +6,9 @@ of a bootstrap:
     rows --row_sums--> [rows, k] --sum over rows (all, one, or drawn)--> [k] --values--> {"rougeL": .., "rouge1": ..}
 
 A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and lengths.
+
+A metric that needs more than a row's answer asks for more: `questions` of a row (its prompt in other words, or drawn
+again) come back in `RowScore.further`, and for `texts` there are vectors in `RowScore.vectors`.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lorafit.contracts import ReportTable
 from lorafit.kinds.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007"
@@ -25,6 +33,36 @@ UNSPACED = (
 )
 """Letters of scripts that write no blanks between words, for the brackets of a regular expression: Thai, Lao, Burmese,
 Khmer, Tai, Balinese, Javanese, Chinese, Japanese, Yi. Source: Unicode 16, Blocks.txt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One more answer that a metric has written for a row.
+
+    Attributes:
+        name: In which way the row is asked again, for people.
+        words: What the user says in the place of the row's last words; None: the prompt is as it is.
+        draw: Number of a draw, from 1, at `evaluation.repeat_temperature`; 0: the answer is made as the row's own.
+        alone: Whether it is written in a batch of its own, rather than beside others.
+    """
+
+    name: str
+    words: str | None = None
+    draw: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model wrote to a question.
+
+    Attributes:
+        question: The question.
+        text: The answer without control tokens.
+    """
+
+    question: Question
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +76,10 @@ class RowScore:
         must_contain: Strings that a right answer holds.
         written: The answer with its control tokens, as the model wrote it.
         calls: Names of the tools that the row's answer calls, where the row holds calls apart from text.
+        prompt: What the user says last; empty where the prompt ends in something else.
+        paraphrases: The same said otherwise.
+        further: Answers to a metric's `questions`, in their order, by the metric.
+        vectors: Embeddings of length 1 by text, of those that metrics name in `texts`; empty without an encoder.
     """
 
     sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -46,6 +88,10 @@ class RowScore:
     must_contain: tuple[str, ...] = ()
     written: str | None = None
     calls: tuple[str, ...] = ()
+    prompt: str = ""
+    paraphrases: tuple[str, ...] = ()
+    further: Mapping[str, tuple[Reply, ...]] = field(default_factory=dict)
+    vectors: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """A sum that is one number; 0 where the row was not scored."""
@@ -79,6 +125,8 @@ class Metric(ABC):
         condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
         companions: Metrics that are scored whenever this one is: what it alone would hide.
         settings: How it is computed, so that others can compare.
+        while_training: Whether it may be measured while a model is trained; not where it asks for more.
+        embeds: What it does with an encoder of sentences: nothing, better than without, or nothing without.
     """
 
     name: str = ""
@@ -89,6 +137,8 @@ class Metric(ABC):
     condition: str = "a row with a reference answer"
     companions: tuple[str, ...] = ()
     settings: str = ""
+    while_training: bool = True
+    embeds: Literal["no", "may", "must"] = "no"
 
     def usable(self, row: RowScore) -> bool:
         """Whether this row can be scored (e.g. it names must_contain strings). Rows that cannot are counted."""
@@ -105,6 +155,23 @@ class Metric(ABC):
     def signature(self) -> str:
         """Which program and settings computed it, so that others can compare."""
         return self.settings
+
+    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+        """What else a usable row is asked.
+
+        Args:
+            row: Without an answer yet.
+            repeats: `evaluation.repeats`.
+        """
+        return ()
+
+    def texts(self, row: RowScore) -> Sequence[str]:
+        """Texts of a usable row that it compares by their embeddings."""
+        return ()
+
+    def tables(self, base: Sequence[RowScore], tuned: Sequence[RowScore]) -> tuple[ReportTable, ...]:
+        """What a report shows beside its values, of the usable rows of both models."""
+        return ()
 
 
 class ScoreMean(Metric):

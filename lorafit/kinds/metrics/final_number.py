@@ -8,20 +8,8 @@ Source: GSM8K, Cobbe et al. (2021), "Training Verifiers to Solve Math Word Probl
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
-
 from lorafit.kinds.metrics import RowScore, ShareOfRows, metrics
-
-_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-_FINAL = re.compile(rf"####\s*\$?\s*({_NUMBER})")
-_ANY = re.compile(_NUMBER)
-
-
-def read_final_number(text: str, *, marked: bool = False) -> Decimal | None:
-    """The number behind the last `####`, else (unless `marked`) the last number in the text; None without one."""
-    found = _FINAL.findall(text) or ([] if marked else _ANY.findall(text))
-    return Decimal(found[-1].replace(",", "")) if found else None
+from lorafit.kinds.metrics._reading import read_final_number
 
 
 @metrics.register("final_number")

@@ -159,6 +159,7 @@ class ToolCall(ShareOfRows):
     needs = "calls"
     condition = "a row with an assistant turn that calls a tool, in a form that is known"
     companions = ("needless_call",)
+    while_training = False
     settings = "names and arguments equal as JSON, order of keys free, several calls in order"
 
     def usable(self, row: RowScore) -> bool:

@@ -80,6 +80,25 @@ def test_must_contain_is_read_everywhere(name: str, row: dict[str, Any]) -> None
         read(name, must_contain="x")
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        ("alpaca", {"instruction": "a", "output": "b"}),
+        ("question_answer", {"question": "a", "answer": "b"}),
+        ("prompt_completion", {"prompt": "a", "completion": "b"}),
+        ("source_target", {"source": "a", "target": "b"}),
+    ],
+)
+def test_paraphrases_are_read_where_an_answer_is_asked(name: str, row: dict[str, Any]) -> None:
+    assert read(name, **row).paraphrases == ()
+    assert read(name, **row, paraphrases=["x", "y"]).paraphrases == ("x", "y")
+    assert read(name, **row, paraphrases="x").paraphrases == ("x",)
+    assert "paraphrases" in refusal(name, **row, paraphrases={"x": 1})
+    assert "says nothing" in refusal(name, **row, paraphrases=["x", " "])
+
+
 def test_messages() -> None:
     sample = read(
         "messages",

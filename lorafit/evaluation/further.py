@@ -1,0 +1,180 @@
+"""What metrics ask a model beside the rows' own answers: rows in other words, drawn again, alone.
+
+    rows ──metric.questions──> questions ──reword──> requests ──engine──> replies, by row and metric
+
+The questions are the same for base and tuned model, so that they are made once, and told before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from lorafit.answering.generate import Request
+from lorafit.console.wording import counted
+from lorafit.contracts import Silent
+from lorafit.errors import DataError
+from lorafit.kinds.metrics import Question, Reply, RowScore, metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lorafit.answering.engine import Engine
+    from lorafit.answering.generate import Answer
+    from lorafit.answering.sampling import Sampling
+    from lorafit.contracts import GenerationRow, Reporter, Sample
+
+Reword = Callable[["Sample", str], list[int]]
+"""Token ids of what asks for an answer, with other words in the place of what the user says last."""
+
+Replies = Mapping[str, tuple[Reply, ...]]
+"""Of one row: what it answered to each metric's questions."""
+
+
+class Embeds(Protocol):
+    """Gives texts a vector each: a `SentenceEncoder`."""
+
+    def embed(self, texts: Sequence[str], reporter: Reporter) -> Mapping[str, NDArray[np.float64]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How more is asked than the rows' own answers, and by what answers are compared.
+
+    Attributes:
+        reword: `Renderer.reword`.
+        repeats: `evaluation.repeats`.
+        temperature: `evaluation.repeat_temperature`.
+        seed: Of the draws.
+        encoder: By which metrics compare texts; None: by their letters.
+    """
+
+    reword: Reword
+    repeats: int
+    temperature: float
+    seed: int = 0
+    encoder: Embeds | None = None
+
+
+class _Asked(NamedTuple):
+    """A question on its way: which row and metric it is of, and the tokens that ask it."""
+
+    row: int
+    metric: str
+    question: Question
+    prompt_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherQuestions:
+    """All questions about some rows.
+
+    Attributes:
+        rows: The rows.
+        asked: The questions in the order of rows and metrics.
+        asking: How they are asked.
+    """
+
+    rows: Sequence[GenerationRow]
+    asked: Sequence[_Asked]
+    asking: Asking | None
+
+    @classmethod
+    def of(cls, rows: Sequence[GenerationRow], metric_names: Sequence[str], asking: Asking | None) -> FurtherQuestions:
+        """What the metrics ask of the rows that they can score.
+
+        Raises:
+            DataError: The chat template refuses other words.
+        """
+        found = list[_Asked]()
+        if asking is None:
+            return cls(rows, found, asking)
+        for number, row in enumerate(rows):
+            probe = as_asked(RowScore(answer=""), row)
+            for name in metric_names if not row.is_inner else ():
+                metric = metrics.get(name)
+                questions = metric.questions(probe, asking.repeats) if metric.usable(probe) else ()
+                found += [_Asked(number, name, each, _prompt_of(row, each, asking)) for each in questions]
+        return cls(rows, found, asking)
+
+    def tell(self, sampling: Sampling, reporter: Reporter) -> None:
+        """Says what they cost, before it is spent."""
+        if self.asked:
+            names = ", ".join(dict.fromkeys(each.metric for each in self.asked))
+            tokens = len(self.asked) * sampling.max_new_tokens
+            number = counted(len(self.asked), "further answer")
+            beside = f"beside {counted(len(self.rows), 'answer')} to the rows themselves"
+            reporter.info(f"{names}: {number} of each model, at most {tokens:,} tokens, {beside}")
+
+    def ask(
+        self,
+        engine: Engine,
+        adapter: str | None,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        reporter: Reporter,
+        side: str,
+    ) -> list[Replies]:
+        """The replies, a mapping for each row.
+
+        Args:
+            engine: Answers.
+            adapter: With this adapter, or as the base alone.
+            sampling: How the rows' own answers are made.
+            stop_ids: Tokens that end an answer, beside the model's own.
+            reporter: Gets bars.
+            side: Which model answers, for people.
+        """
+        if self.asking is None or not self.asked:
+            return [{} for _ in self.rows]
+        drawn = replace(
+            sampling, temperature=self.asking.temperature, seed=self.asking.seed, num_beams=1, length_penalty=1.0
+        )
+        requests = [
+            Request(
+                each.prompt_ids,
+                adapter,
+                drawn if each.question.draw else sampling,
+                tuple(stop_ids),
+                row=each.row * self.asking.repeats + each.question.draw,
+                pictures=self.rows[each.row].pictures,
+            )
+            for each in self.asked
+        ]
+        alone = [number for number, each in enumerate(self.asked) if each.question.alone]
+        others = [number for number, each in enumerate(self.asked) if not each.question.alone]
+        together = [requests[number] for number in others]
+        written = engine.answer(together, reporter=reporter, what=f"further answers, {side} model")
+        answers: dict[int, Answer] = dict(zip(others, written, strict=True))
+        with reporter.track(len(alone), f"one by one, {side} model") if alone else Silent() as bar:
+            for number in alone:
+                answers[number] = engine.answer([requests[number]])[0]
+                bar.advance()
+        found: list[dict[str, tuple[Reply, ...]]] = [{} for _ in self.rows]
+        for number, each in enumerate(self.asked):
+            reply = Reply(each.question, answers[number].text)
+            found[each.row][each.metric] = (*found[each.row].get(each.metric, ()), reply)
+        return list(found)
+
+
+def as_asked(score: RowScore, row: GenerationRow) -> RowScore:
+    """The score with what a held-out row holds for metrics over answers."""
+    return replace(
+        score,
+        reference=row.reference,
+        must_contain=row.must_contain,
+        calls=row.calls,
+        prompt=row.asked.said if row.asked is not None else "",
+        paraphrases=row.asked.paraphrases if row.asked is not None else (),
+    )
+
+
+def _prompt_of(row: GenerationRow, question: Question, asking: Asking) -> Sequence[int]:
+    if question.words is None or row.asked is None:
+        return row.prompt_ids
+    try:
+        return asking.reword(row.asked, question.words)
+    except DataError as error:
+        raise error.at(file=row.file, line=row.line) from None

@@ -1,0 +1,156 @@
+"""Metrics of quality on planted answers: the values are those computed by hand, and worse answers give worse ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from lorafit.kinds.metrics import Question, Reply, RowScore, metrics
+from lorafit.kinds.metrics._reading import likeness
+from lorafit.kinds.metrics.perturbation_consistency import PERTURBATIONS, with_typing_errors
+from lorafit.kinds.metrics.style_distance import FEATURES, _Text
+
+ASKED = "When does the shop open on Monday, and what is sold there?"
+
+
+def replied(name, *answers, **row):
+    """A row with the answers that a metric asked for."""
+    return RowScore(further={name: tuple(Reply(Question("asked", "in other words"), text) for text in answers)}, **row)
+
+
+def values(name, rows):
+    metric = metrics.get(name)
+    assert all(metric.usable(row) for row in rows)
+    return metric.values(np.sum(metric.row_sums(rows), axis=0).tolist())
+
+
+def test_repeatability_is_the_share_of_rows_that_get_the_same_answer_alone():
+    rows = [replied("repeatability", own, answer="at nine") for own in ("at nine", "at nine", "at nine ", "at ten")]
+    assert values("repeatability", rows) == {"repeatability": 0.5}
+    assert [question.alone for question in metrics.get("repeatability").questions(rows[0], 9)] == [True]
+
+
+def test_sampled_similarity_is_the_mean_over_pairs_of_draws():
+    chrf = sacrebleu.metrics.CHRF()
+    a, b = "at nine", "we open at ten"
+    unlike = (chrf.sentence_score(a, [b]).score + chrf.sentence_score(b, [a]).score) / 200
+    assert 0 < unlike < 0.5
+    rows = [replied("sampled_similarity", a, a, b, answer=a), replied("sampled_similarity", a, a, a, answer=b)]
+    assert values("sampled_similarity", rows) == {"sampled_similarity": pytest.approx(((1 + 2 * unlike) / 3 + 1) / 2)}
+    draws = metrics.get("sampled_similarity").questions(rows[0], 3)
+    assert [(question.draw, question.words) for question in draws] == [(1, None), (2, None), (3, None)]
+
+
+def test_likeness_goes_by_vectors_where_there_are_some():
+    vectors = {"a": np.array([1.0, 0.0]), "b": np.array([0.6, 0.8])}
+    row = RowScore(vectors=vectors)
+    assert likeness(row, "a", "b") == pytest.approx(0.6)
+    assert likeness(row, "a", " a ") == 1.0
+    assert likeness(RowScore(), "", "b") == likeness(row, "b", " ") == 0.0
+
+
+def test_paraphrases_are_compared_with_the_rows_own_answer():
+    name, unlike = "paraphrase_consistency", likeness(RowScore(), "at nine", "at ten")
+    row = replied(name, "at nine", "at ten", answer="at nine", prompt=ASKED, paraphrases=("x", "y"))
+    again = replied(name, "at  nine", answer="at nine", prompt=ASKED, paraphrases=("x",))
+    found = values(name, [row, again])
+    assert found == {name: pytest.approx(((1 + unlike) / 2 + 1) / 2), "paraphrase_same": 0.75}
+    assert [question.words for question in metrics.get(name).questions(row, 4)] == ["x", "y"]
+    assert not metrics.get(name).usable(replace(row, paraphrases=()))
+    (by_way, examples) = metrics.get(name).tables([row], [row])
+    assert by_way.lines == (("asked", *(pytest.approx(value) for value in ((1 + unlike) / 2, 0.5) * 2)),)
+    assert examples.lines == (("asked", pytest.approx(unlike), "in other words", "at nine", "at ten"),)
+
+
+def test_of_calculations_the_final_number_is_what_must_be_the_same():
+    name = "paraphrase_consistency"
+    of_number = {"answer": "2 + 2 #### 4", "reference": "#### 4", "prompt": ASKED, "paraphrases": ("x",)}
+    assert values(name, [replied(name, "twice two is 4", **of_number)])["paraphrase_same"] == 1.0
+    assert values(name, [replied(name, "2 + 2 #### 5", **of_number)])["paraphrase_same"] == 0.0
+
+
+def test_perturbations_change_the_surface_alone_and_are_the_same_each_time():
+    questions = metrics.get("perturbation_consistency").questions(RowScore(prompt=ASKED), 4)
+    words = {question.name: question.words for question in questions}
+    assert list(words) == list(PERTURBATIONS)
+    assert words["small letters"] == ASKED.lower()
+    assert words["capitals"] == ASKED.upper()
+    assert words["blanks"].split() == ASKED.split()
+    assert words["no end mark"] == ASKED[:-1]
+    assert PERTURBATIONS["no end mark"]("open") == "open."
+    assert words["greeting"] == f"Hello! {ASKED}"
+    typed = words["typing errors"]
+    assert typed == with_typing_errors(ASKED) != ASKED
+    assert [sorted(word) for word in typed.split()] == [sorted(word) for word in ASKED.split()]
+    changed = [(one, other) for one, other in zip(ASKED.split(), typed.split(), strict=True) if one != other]
+    assert len(changed) == 1  # of eight words with four letters or more
+    assert changed[0][0][0] == changed[0][1][0]
+    few = metrics.get("perturbation_consistency").questions(RowScore(prompt="7"), 4)
+    assert [question.name for question in few] == ["blanks", "no end mark", "greeting"]
+
+
+def test_style_is_measured_in_deviations_of_the_references():
+    references = ["It opens at nine.", "On monday it opens.", "Mugs cost ten. Plates cost nine."]
+    rows = [RowScore(answer=text, reference=text) for text in references]
+    counted = np.array([[count(_Text.of(text)) for count, _ in FEATURES.values()] for text in references])
+    spread = np.maximum(counted.std(axis=0), [least for _, least in FEATURES.values()])
+    z = (counted - counted.mean(axis=0)) / spread
+    same = values("style_distance", rows)
+    assert same == {"style_distance": pytest.approx(np.abs(z).mean()), "style_delta": pytest.approx(0.0, abs=1e-12)}
+    loud = values("style_distance", [replace(row, answer=f"- {row.answer.upper()}!!!") for row in rows])
+    assert loud["style_distance"] > same["style_distance"] + 1
+    assert loud["style_delta"] > 1
+    (table,) = metrics.get("style_distance").tables(rows, rows)
+    assert [line[0] for line in table.lines] == ["style_distance", *FEATURES]
+    assert table.lines[0][1:4] == (f"{same['style_distance']:.3f}",) * 3
+
+
+def test_features_of_style_are_what_they_are_called():
+    found = {name: count(_Text.of("- Ab 12.\n- ЖЖ, ж?\n\nOk 😀")) for name, (count, _) in FEATURES.items()}
+    assert found == {
+        "words (log)": pytest.approx(np.log(6)),
+        "words a sentence (log)": pytest.approx(np.log1p(5 / 3)),
+        "letters a word": 9 / 5,
+        "lines (log)": pytest.approx(np.log(4)),
+        "lines with lists or markup": pytest.approx(2 / 3),
+        "capitals": 4 / 7,
+        "letters of Latin script": 4 / 7,
+        "digits": 2 / 15,
+        "punctuation": pytest.approx(5 / 15),
+        "symbols and emoji": 1 / 15,
+        "! and ? a sentence": pytest.approx(1 / 3),
+        "ends its last sentence": 0.0,
+    }
+    assert FEATURES["ends its last sentence"][0](_Text.of("Done. ")) == 1.0
+    assert all(count(_Text.of("")) == 0.0 for count, _ in FEATURES.values())
+
+
+UNITS = {f"{kind}{place}": np.eye(6)[place + 3 * (kind == "p")] for kind in "rp" for place in range(3)}
+
+
+def related(*answers):
+    rows = [RowScore(answer=text, prompt=f"p{n}", reference=f"r{n}", vectors=UNITS) for n, text in enumerate(answers)]
+    return values("domain_relevance", rows)
+
+
+def test_relevance_is_told_beside_that_of_other_rows():
+    right = related("r0", "r1", "r2")
+    assert right == {
+        "domain_relevance": pytest.approx(0.0),  # no reference lies in the middle of the others here
+        "relevance_to_prompt": pytest.approx(0.0),
+        "relevance_to_reference": pytest.approx(1.0),
+        "relevance_margin": pytest.approx(1.0),
+    }
+    exchanged = related("r1", "r2", "r0")
+    assert exchanged["domain_relevance"] == pytest.approx(1 / np.sqrt(2))
+    assert exchanged["relevance_to_reference"] == pytest.approx(0.0)
+    assert exchanged["relevance_margin"] == pytest.approx(-0.5)
+    echo = related("p0", "p1", "p2")
+    assert (echo["relevance_to_prompt"], echo["relevance_margin"]) == (pytest.approx(1.0), pytest.approx(0.0))
+    assert related("r0")["domain_relevance"] == 0.0  # nothing to compare a lone row with
+    rows = [RowScore(answer=f"r{n}", prompt=f"p{n}", reference=f"r{n}", vectors=UNITS) for n in range(3)]
+    (table,) = metrics.get("domain_relevance").tables(rows, rows)
+    assert table.lines[1] == ("tuned", "0.000", "0.000", "1.000", "0.000", "0.000")
