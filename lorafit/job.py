@@ -141,6 +141,14 @@ class Job:
         as_lists = [{name: np.asarray(values).tolist() for name, values in columns.items()} for columns in rows]
         return {"format": 1, "rows": as_lists}
 
+    def prompts(self) -> JsonObject | None:
+        """What training rows ask, as a server must know it of its adapters; None where no server answers with them."""
+        from lorafit.data.prompt_texts import draw_prompts
+
+        if not self.task.writes_answers or self.renderer.apart is not None:
+            return None
+        return {"format": 1, "rows": len(self.rows.train), "prompts": draw_prompts(self.rows, self.recipe.seed)}
+
     def companions(self, card: RunCard) -> Companions:
         """What every adapter of the run gets beside its weights."""
         from lorafit.model.tokenizer_files import PROCESSOR_PATTERNS, Companions, TokenizerFolder

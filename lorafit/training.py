@@ -221,6 +221,8 @@ class Training:
                 write_json(file, values)
         write_json(where.card, card.to_json())
         write_json(where.comparison, job.rows_to_compare())
+        if (prompts := job.prompts()) is not None:
+            write_json(where.prompts, prompts)
         write_json(where.data, job.rows.report.to_json())
         write_json(where.plan, plan)
 

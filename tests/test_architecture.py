@@ -27,7 +27,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"answering.answer_rows", "answering.several"},
     {"answering.opening", "answering.evaluation_rows", "run.resumption", "run.assembly", "run.calibration"},
     {"run.curriculum"},
-    {"answering.tuned"},
+    {"answering.tuned", "answering.trained_prompts"},
     {"job"},
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},
     {"run.results", "run.trained", "run.answered"},

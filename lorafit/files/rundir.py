@@ -43,6 +43,8 @@ class RunDir:
     """What whoever answers, merges or evaluates must know of the run (`lorafit.run.card`)."""
     comparison = _Inside("comparison.json")
     """Tokens of a few rows, on which a merge is compared with the adapter it came from."""
+    prompts = _Inside("prompts.json")
+    """What a few hundred of the training rows ask, by which a server picks an adapter and sees drift."""
     base_head = _Inside("base_head.safetensors")
     """What an evaluation fitted to a base whose head was only drawn."""
     data = _Inside("data.json")
