@@ -268,8 +268,8 @@ _add_command(
 _add_command(
     "serve",
     "A base and its adapters behind HTTP, in OpenAI's forms.",
-    "run adapters ab_split feedback checkpoint base_model host port allow_loading max_new_tokens max_running "
-    "max_waiting max_batch_tokens timeout grace",
+    "run adapters ab_split feedback route drift checkpoint base_model host port allow_loading max_new_tokens "
+    "max_running max_waiting max_batch_tokens timeout grace",
     _serve,
 )
 _add_command(

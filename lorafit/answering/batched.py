@@ -192,6 +192,14 @@ class BatchedEngine:
 
     def between_steps(self, work: Callable[[Engine], Made]) -> Made:
         """What a function makes of the engine, called where no forward runs, in the thread that owns the model."""
+        done = self.order(work)
+        wait((done, self.failed), return_when=FIRST_COMPLETED)  # type: ignore[misc]  # of two types
+        if not done.done():
+            self.failed.result()
+        return done.result()
+
+    def order(self, work: Callable[[Engine], Made]) -> Future[Made]:
+        """The same, to be waited for by whoever wants it. Raises UsageError where the engine is closed."""
         done: Future[Made] = Future()
 
         def call() -> None:
@@ -204,10 +212,7 @@ class BatchedEngine:
             self._require_open()
             self._orders.append(call)
             self._changed.notify_all()
-        wait((done, self.failed), return_when=FIRST_COMPLETED)  # type: ignore[misc]  # of two types
-        if not done.done():
-            self.failed.result()
-        return done.result()
+        return done
 
     def figures(self) -> Figures:
         """What is going on now."""

@@ -62,7 +62,7 @@ _ROWS = Argument("a list of dicts, one a row", (Iterable,))
 _CARD = Argument('a text such as "24GiB", "rtx-4090" or "cpu"', (str,))
 _OF_SUMS = ("mean", "scores", "convert", "patterns")
 _OF_RUNS = ("resume", "dry_run", "allow_inexact", "verify", "compare_base")
-_SWITCHES = ("quiet", "allow_loading", "exact", *_OF_RUNS, *_OF_SUMS)
+_SWITCHES = ("quiet", "allow_loading", "drift", "exact", *_OF_RUNS, *_OF_SUMS)
 _FLAGS_ALONE = ("measure_memory", "profile", "json", "verbose", "debug")
 ARGUMENTS = {
     "temperature": _number(0.0, 10.0),
@@ -84,6 +84,7 @@ ARGUMENTS = {
     "max_batch_tokens": _number(16, whole=True),
     "timeout": _number(0.1, 86_400.0),
     "grace": _number(0.0, 3_600.0),
+    "route": _number(0.5, 0.999),
     "host": Argument("an address or a host's name", (str,)),
     "ab_split": Argument('a text such as "a=0.9,b=0.1", or a dict', (str, Mapping)),
     "feedback": _PATH,

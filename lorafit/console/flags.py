@@ -105,6 +105,11 @@ _HELP = {
     "adapters": ("NAME=DIR", "An adapter or run, and the name it is asked for by. Repeatable."),
     "ab_split": ("NAME=SHARE,...", "Who answers for the model `split`, e.g. a=0.9,b=0.1; a user always gets the same."),
     "feedback": ("FILE", "Take ratings, and add them to this file as rows to train on."),
+    "route": (
+        "SHARE",
+        "Serve the model `auto`: the prompt decides who answers. An adapter gets such a share of its own, say 0.95.",
+    ),
+    "drift": ("", "Tell in /metrics how far the prompts of each adapter are from those it was trained on."),
     "host": ("ADDRESS", "Where it listens. Other than this machine's own: LORAFIT_API_KEY must be set."),
     "port": ("PORT", "0 takes any that is free."),
     "allow_loading": ("", "Let requests load and unload adapters."),

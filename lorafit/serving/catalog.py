@@ -20,12 +20,17 @@ from lorafit.answering.several import Opened, check_vocabulary, open_on_base, op
 from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import ModelError, UsageError
 from lorafit.model.adapter import read_adapter
-from lorafit.serving.errors import unknown_model
+from lorafit.serving.errors import ApiError, unknown_model
+from lorafit.serving.routing import NAME as AUTO_NAME
 from lorafit.serving.split import NAME as SPLIT_NAME
 from lorafit.serving.split import Split
 
 if TYPE_CHECKING:
     from lorafit.answering.batched import BatchedEngine
+    from lorafit.serving.routing import Router
+
+
+_UNROUTED = f"'{AUTO_NAME}' chooses an adapter by the prompt, on a server that was started with --route 0.95"
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,17 @@ def open_served(
     checkpoint: str | None,
     base_model: str | None,
     reporter: Reporter,
+    *,
+    routes: bool = False,
 ) -> Opened:
     """What `open_several` opens, where all of it can be served.
 
     Args:
         split: Of users over some of these names and the base's.
+        routes: Whether somebody is to be chosen by prompts.
 
     Raises:
-        UsageError: The split's name is nobody's, or somebody's own.
+        UsageError: A name of the split is nobody's; or somebody has a name that is not to be had.
         ModelError: An encoder-decoder is among them.
     """
     opened = open_several(base, given, checkpoint, base_model, reporter)
@@ -76,9 +84,12 @@ def open_served(
     for name in split.shares if split is not None else ():
         if name not in names:
             raise UsageError(f"'{name}' is not served", key="--split", todo=f"served: {', '.join(names)}")
-    if split is not None and SPLIT_NAME in names:
-        todo = "give it another name"
-        raise UsageError(f"'{SPLIT_NAME}' is the name of the split", key="--adapter", todo=todo)
+    for taken, what, is_taken in (
+        (SPLIT_NAME, "the split", split is not None),
+        (AUTO_NAME, "the choice by prompts", routes),
+    ):
+        if is_taken and taken in names:
+            raise UsageError(f"'{taken}' is the name of {what}", key="--adapter", todo="give it another name")
     for voice in (opened.voice, *(one.voice for one in opened.adapters.values())):
         _require_decoder(voice)
     return opened
@@ -97,12 +108,20 @@ class Catalog:
         opened: What to serve; its adapters are loaded here.
         split: Who answers for the model `split`; None: nobody is called so.
         reporter: Warned of adapters without effect.
+        router: Learns all adapters here, and chooses who answers for the model `auto`; None: nobody is called so.
 
     Raises:
         LorafitError: An adapter cannot be loaded.
     """
 
-    def __init__(self, engine: BatchedEngine, opened: Opened, split: Split | None, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        engine: BatchedEngine,
+        opened: Opened,
+        split: Split | None,
+        reporter: Reporter,
+        router: Router | None = None,
+    ) -> None:
         self._engine, self._base, self._reporter = engine, opened.base, reporter
         self._known = tokenizers_of(opened.adapters.values())
         self._tokenizer = opened.first.voice.tokenizer
@@ -112,10 +131,34 @@ class Catalog:
         self._served, self._lock = {opened.name: self.base}, threading.Lock()
         for name, answerer in opened.adapters.items():
             self._add(name, answerer)
-        self.split = split
+        self.split, self.router = split, router
+        if router is not None:
+            router.learn({served.name: Path(served.root) for served in self.all() if served.adapter is not None})
+            router.require_known()
+        self._names = {SPLIT_NAME} if split is not None else set()
+        self._names |= {AUTO_NAME} if self._routes else set()
+
+    async def find(self, name: str | None, asked: str, user: str | None = None) -> Served:
+        """Who answers a request: `choose`, and for `auto` the router, by what the user asks.
+
+        Raises:
+            ApiError: Nobody is called so.
+            LorafitError: Too many prompts wait to be routed, or the engine is closed.
+        """
+        if self.router is None:
+            return self.choose(name, user)
+        if name == AUTO_NAME and self._routes:
+            return self._served.get(await self.router.choose(asked) or self.base.name, self.base)
+        served = self.choose(name, user)
+        self.router.watch(served.adapter, asked)
+        return served
+
+    @property
+    def _routes(self) -> bool:
+        return self.router is not None and self.router.share is not None
 
     def choose(self, name: str | None, user: str | None = None) -> Served:
-        """Who answers a request. The one place where that is decided.
+        """Who answers a request that no prompt decides.
 
         Args:
             name: The request's `model`; None: the first adapter, or the base where there is none.
@@ -145,9 +188,12 @@ class Catalog:
             LorafitError: It is none, is broken, or fits another base, vocabulary or template.
         """
         with self._lock:
-            if name in self._served or (self.split is not None and name == SPLIT_NAME):
+            if name in self._served or name in self._names:
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
-            return self._add(name, open_on_base(folder, self._base, self._known, self._reporter))
+            served = self._add(name, open_on_base(folder, self._base, self._known, self._reporter))
+            if self.router is not None:
+                self.router.learn({name: Path(served.root)})
+            return served
 
     def unload(self, name: str) -> None:
         """Serves an adapter no more; returns when its last request is answered.
@@ -163,12 +209,14 @@ class Catalog:
             if self.split is not None and name in self.split.shares:
                 raise UsageError(f"'{name}' answers for the split", key="lora_name", todo="name another one")
             self._served = {key: value for key, value in self._served.items() if key != name}
+            if self.router is not None:
+                self.router.forget(name)
         self._engine.unload_adapter(served.adapter)
 
     def listing(self) -> JsonObject:
-        """As /v1/models lists everybody, the split last."""
+        """As /v1/models lists everybody, names that stand for several last."""
         told = [self._told(served) for served in self.all()]
-        return {"object": "list", "data": [*told, *([] if self.split is None else [self.to_json(SPLIT_NAME)])]}
+        return {"object": "list", "data": [*told, *map(self.to_json, sorted(self._names))]}
 
     def to_json(self, name: str) -> JsonObject:
         """As /v1/models/NAME says it.
@@ -176,13 +224,15 @@ class Catalog:
         Raises:
             ApiError: Nobody is called so.
         """
-        if self.split is not None and name == SPLIT_NAME:
-            told = self.to_json(self.base.name)
-            return {**told, "id": SPLIT_NAME, "root": str(self.split), "parent": self.base.name}
+        if name in self._names:
+            root = str(self.split) if name == SPLIT_NAME else ",".join(self.router.names if self.router else ())
+            return {**self.to_json(self.base.name), "id": name, "root": root, "parent": self.base.name}
         return self._told(self._find(name))
 
     def _find(self, name: str) -> Served:
         served = self._served
+        if name == AUTO_NAME and name not in served:
+            raise ApiError(404, _UNROUTED, param="model", code="model_not_found")
         if name not in served:
             raise unknown_model(name, list(served))
         return served[name]

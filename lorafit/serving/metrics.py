@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from lorafit.answering.batched import BatchedEngine
@@ -71,6 +72,10 @@ class Metrics:
         self._asked.labels(*labels).observe(prompt_tokens)
         self._answered.labels(*labels).observe(tokens)
         self._refused.labels(*labels).inc(declines(text))
+
+    def register(self, collector: Collector) -> None:
+        """Takes figures of somebody else's up."""
+        self._registry.register(collector)
 
     def text(self) -> bytes:
         """In Prometheus' text form."""

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sse_starlette import EventSourceResponse
 
 from lorafit.contracts import JsonObject, Sample
+from lorafit.data.prompt_texts import asked_text
 from lorafit.errors import DataError
 from lorafit.kinds.formats import formats
 from lorafit.serving.catalog import Served
@@ -39,9 +40,10 @@ def _service(request: Request) -> Service:
 async def chat(body: ChatBody, request: Request) -> Response:
     """An answer to a chat, or several."""
     service = _service(request)
-    served = service.catalog.choose(body.model, body.user)
     tools = body.tools if body.tool_choice != "none" else None
-    prompt = await _asked(service, served, _read_chat(body.messages, tools))
+    sample = _read_chat(body.messages, tools)
+    served = await service.catalog.find(body.model, asked_text(sample), body.user)
+    prompt = await _asked(service, served, sample)
     order = Order(body.sampling, body.longest, body.stops, body.wanted_logprobs, body.n or 1)
     writings = service.write(served, [prompt], order)
     chats = served.voice.chats
@@ -57,7 +59,9 @@ async def chat(body: ChatBody, request: Request) -> Response:
 async def complete(body: CompletionBody, request: Request) -> Response:
     """What the model writes behind a text, or behind several."""
     service = _service(request)
-    served = service.catalog.choose(body.model, body.user)
+    decode = service.catalog.base.voice.tokenizer.decode
+    texts = [one if isinstance(one, str) else str(decode(one)) for one in body.prompt]
+    served = await service.catalog.find(body.model, "\n\n".join(texts), body.user)
     prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompt]
     order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1)
     writings = service.write(served, prompts, order)
@@ -71,8 +75,9 @@ async def complete(body: CompletionBody, request: Request) -> Response:
 async def generate(body: GenerateBody, request: Request) -> Response:
     """An answer to one prompt, asked as `lorafit generate` asks it."""
     service = _service(request)
-    served = service.catalog.choose(body.model)
-    prompt = await _asked(service, served, Sample("", 0, prompt=body.prompt))
+    sample = Sample("", 0, prompt=body.prompt)
+    served = await service.catalog.find(body.model, asked_text(sample))
+    prompt = await _asked(service, served, sample)
     writings = service.write(served, [prompt], Order(body.sampling, body.max_new_tokens))
     form = TextForm(served.name, writings, [Choice(writings[0])], 1, None)
     await _finish(request, form)

@@ -73,6 +73,8 @@ def serve(
     adapters: Sequence[str] | Mapping[str, str | os.PathLike[str]] = (),
     ab_split: str | Mapping[str, float] | None = None,
     feedback: Path | None = None,
+    route: float | None = None,
+    drift: bool = False,
     checkpoint: str | None = None,
     base_model: str | None = None,
     host: str = "127.0.0.1",
@@ -89,6 +91,8 @@ def serve(
     """Serves a base with its adapters until a signal comes."""
     check_arguments(
         {
+            "route": route,
+            "drift": drift,
             "port": port,
             "max_new_tokens": max_new_tokens,
             "max_running": max_running,
@@ -106,17 +110,20 @@ def serve(
     from lorafit.serving.app import build_app
     from lorafit.serving.catalog import Catalog, open_served
     from lorafit.serving.feedback import Feedback
+    from lorafit.serving.routing import Router
     from lorafit.serving.running import bind
     from lorafit.serving.running import run as run_server
     from lorafit.serving.service import Service
 
     with bind(host, port) as bound:
         ratings = None if feedback is None else Feedback(feedback)
-        opened = open_served(os.fspath(run), given, split, checkpoint, base_model, reporter)
+        routes = route is not None
+        opened = open_served(os.fspath(run), given, split, checkpoint, base_model, reporter, routes=routes)
         limits = Limits(rows=max_running, waiting=max_waiting, tokens=max_batch_tokens)
         engine = BatchedEngine(opened.first.load_base(), limits, reporter)
         try:
-            catalog, address = Catalog(engine, opened, split, reporter), _address(bound)
+            router = Router(engine, opened.name, route, reporter, watches=drift) if routes or drift else None
+            catalog, address = Catalog(engine, opened, split, reporter, router), _address(bound)
             service = Service(engine, catalog, settings, ratings, reporter)
             lines = _announcement(catalog, settings, address, quantised_as(opened.first.quantization))
             received = run_server(build_app(service), service, bound, lambda: reporter.info("\n".join(lines)))
@@ -149,6 +156,8 @@ def _announcement(catalog: Catalog, settings: Settings, address: str, loaded: st
         lines.append(f"  {served.name:{width}}  {what}, {asked}, {near(Path(served.root))}")
     if catalog.split is not None:
         lines.append(f"  {SPLIT_NAME:{width}}  of users: {catalog.split}")
+    if catalog.router is not None and catalog.router.share is not None:
+        lines.append(f"  {'auto':{width}}  by the prompt: {', '.join(catalog.router.names)}, or the base")
     header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if settings.key else ""
     body = f'{{"model": "{everybody[:2][-1].name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     curl = f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header}"

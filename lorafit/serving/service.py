@@ -78,6 +78,8 @@ class Service:
         self.failed = engine.failed
         self.feedback = feedback
         self.metrics = Metrics(engine, catalog.base.name)
+        if catalog.router is not None:
+            self.metrics.register(catalog.router)
         self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
         self._probe: asyncio.Task[None] | None = None
         self.is_closing, self.running = False, 0

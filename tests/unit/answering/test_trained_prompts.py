@@ -41,7 +41,7 @@ def test_an_earlier_run_has_them_drawn_again_unless_its_rows_changed(run: Path, 
     with pytest.raises(ModelError, match="rows are others than it was trained on"):
         read_prompts(old, Silent())
     (old.parent / "train.jsonl").unlink()
-    with pytest.raises(ModelError, match="cannot be read: .*no such file"):
+    with pytest.raises(ModelError, match=r"cannot be read: .*no such file"):
         read_prompts(old, Silent())
 
 

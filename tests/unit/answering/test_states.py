@@ -1,0 +1,104 @@
+"""States of prompts: of the base alone, the same beside others, and read while answers go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafit.answering import states
+from lorafit.answering.batched import BatchedEngine, Limits
+from lorafit.answering.engine import Engine
+from lorafit.answering.sampling import Sampling
+from lorafit.answering.states import StateReader, mean_states
+from lorafit.answering.ticket import LiveRequest
+from lorafit.errors import QueueFull, UsageError
+from tests.unit.answering.test_engine import PROMPTS, adapter_folder
+from tests.unit.evaluation.conftest import build_llama
+
+
+@pytest.fixture
+def live(tmp_path: Path, tokenizer: Any) -> Iterator[BatchedEngine]:
+    live = BatchedEngine(Engine(build_llama(), tokenizer, quantization="none"), Limits(waiting=8))
+    live.load_adapter("law", adapter_folder(tmp_path / "law", 1))
+    yield live
+    live.close(finish=False)
+
+
+def test_a_state_is_the_mean_of_the_lowest_third_of_the_base(live: BatchedEngine, tokenizer: Any) -> None:
+    reader, base = StateReader(live), build_llama()
+    ids = reader.ids(PROMPTS[1])
+    assert ids == [tokenizer.eos_token_id, *tokenizer(PROMPTS[1])["input_ids"]]
+    with torch.no_grad():
+        hidden = base(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    expected = torch.nn.functional.normalize(hidden[max(1, (len(hidden) - 1) // 3)][0], dim=-1)[1:].mean(0)
+    torch.testing.assert_close(live.between_steps(lambda engine: mean_states(engine, [ids]))[0], expected)
+
+
+def test_states_are_the_same_beside_others(live: BatchedEngine) -> None:
+    reader = StateReader(live)
+    alone = [
+        live.between_steps(lambda engine, ids=ids: mean_states(engine, [ids]))[0] for ids in map(reader.ids, PROMPTS)
+    ]
+    together = reader.read_all(PROMPTS, lambda _: None)
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-6, rtol=1e-5)
+    assert (together - together[0]).abs().amax(1)[1:].min() > 1e-3
+
+
+def test_those_that_wait_share_a_forward(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def count(engine: Engine, rows: Any) -> torch.Tensor:
+        seen.append(len(rows))
+        return mean_states(engine, rows)
+
+    monkeypatch.setattr(states, "mean_states", count)
+    reader, free, begun = StateReader(live), threading.Event(), threading.Event()
+    held = live.order(lambda _: (begun.set(), free.wait(20)))
+    assert begun.wait(20)
+    futures = [reader.submit(reader.ids(text)) for text in PROMPTS]
+    futures[0].cancel()  # its client went
+    with pytest.raises(QueueFull):
+        for _ in range(9):
+            reader.submit([1, 2])
+    free.set()
+    assert held.result()
+    assert all(future.result(20).shape == (64,) for future in futures[1:])
+    assert seen[0] == 7
+
+
+def test_long_prompts_are_read_in_several_turns(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that running answers get their tokens in between."""
+    monkeypatch.setattr(states, "READ_AT_ONCE_TOKENS", 16)
+    turns: list[int] = []
+    turn = live._turn
+    monkeypatch.setattr(live, "_turn", lambda: (turns.append(1), turn())[1])
+    reader = StateReader(live)
+    futures = [reader.submit([1] * 12) for _ in range(4)]
+    assert torch.stack([future.result(20) for future in futures]).isfinite().all()
+    assert len(turns) >= 3
+
+
+def test_running_answers_do_not_notice(live: BatchedEngine) -> None:
+    def answer() -> str:
+        request = LiveRequest(live.engine.tokenizer(PROMPTS[1])["input_ids"], "law", Sampling(max_new_tokens=40))
+        return "".join(piece.text for piece in live.submit(request))
+
+    alone, reader, found = answer(), StateReader(live), list[str]()
+    asking = threading.Thread(target=lambda: found.append(answer()))
+    asking.start()
+    while asking.is_alive():
+        reader.submit(reader.ids("z" * 60)).result(20)
+    asking.join()
+    assert found == [alone]
+
+
+def test_a_closed_engine_says_so(live: BatchedEngine) -> None:
+    reader = StateReader(live)
+    live.close(finish=True)
+    with pytest.raises(UsageError, match="closed"):
+        reader.submit([1, 2])
