@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,6 +152,10 @@ class Catalog:
         served = self.choose(name, user)
         self.router.watch(served.adapter, asked)
         return served
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What tokens say; those that there are not, nothing."""
+        return str(self._tokenizer.decode([token for token in ids if 0 <= token < len(self._tokenizer)]))
 
     @property
     def _routes(self) -> bool:

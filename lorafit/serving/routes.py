@@ -59,9 +59,9 @@ async def chat(body: ChatBody, request: Request) -> Response:
 async def complete(body: CompletionBody, request: Request) -> Response:
     """What the model writes behind a text, or behind several."""
     service = _service(request)
-    decode = service.catalog.base.voice.tokenizer.decode
-    texts = [one if isinstance(one, str) else str(decode(one)) for one in body.prompt]
-    served = await service.catalog.find(body.model, "\n\n".join(texts), body.user)
+    looked_at = body.prompt if service.catalog.router is not None else []
+    asked = "\n\n".join(one if isinstance(one, str) else service.catalog.text_of(one) for one in looked_at)
+    served = await service.catalog.find(body.model, asked, body.user)
     prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompt]
     order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1)
     writings = service.write(served, prompts, order)

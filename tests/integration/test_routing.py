@@ -73,6 +73,8 @@ def test_every_way_to_ask_takes_auto(server: Server) -> None:
     assert server.post("/v1/completions", model="auto", prompt=DISHES, max_tokens=1).json()["model"] == "dishes"
     ids = server.post("/v1/completions", model="auto", prompt=[5, 6, 7], max_tokens=1).json()
     assert ids["model"] in {"base", "hours", "dishes"}
+    unknown = server.post("/v1/completions", model="auto", prompt=[10_000, 5], max_tokens=1)
+    assert (unknown.status_code, "has id 10000" in unknown.text) == (400, True)
     assert server.post("/generate", model="auto", prompt=OPENING, max_new_tokens=1).json()["model"] == "hours"
     found = {model.id: model for model in server.openai().models.list()}
     assert list(found) == ["base", "hours", "dishes", "peft", "auto"]
