@@ -38,6 +38,8 @@ class Feedback:
         self._file = file
         self._answers: OrderedDict[str, list[JsonObject]] = OrderedDict()
         self.ratings: dict[str, tuple[int, int]] = {}
+        if file.exists() and not file.is_file():  # a device may have no end
+            raise UsageError("is no file", file=str(file), key="--feedback", todo="name another one")
         try:
             with file.open("a+", encoding="utf-8") as lines:
                 lines.seek(0)

@@ -20,22 +20,28 @@ _REFUSALS = (
     "i'm sorry",
     "i am sorry",
     "sorry,",
+    "i apologize",
     "i cannot",
     "i can't",
     "i can not",
+    "i won't",
     "i'm unable",
     "i am unable",
+    "i'm not able",
+    "i am not able",
+    "unfortunately, i",
     "as an ai",
 )
-"""How answers begin that decline, in English."""
+"""How answers begin that decline, in English; docs/serve.md lists them too."""
+_THOUGHT_ENDS = "</think>"
 _LABELS = ("model_name", "adapter")
-_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
+_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 """Ends of the engine's answers, in vLLM's words."""
 
 
 def declines(text: str) -> bool:
-    """Whether an answer begins as one does that declines."""
-    return text.lstrip().lower().replace("’", "'").startswith(_REFUSALS)
+    """Whether an answer, behind what was thought aloud, begins as one does that declines."""
+    return text.rpartition(_THOUGHT_ENDS)[2].lstrip().lower().replace("’", "'").startswith(_REFUSALS)
 
 
 class Metrics:
@@ -60,13 +66,25 @@ class Metrics:
         self._answered = histogram("request_generation_tokens", "Lengths of whole answers.", _TOKENS)
         text = "Answers that begin as one does that declines."
         self._refused = Counter("lorafit:request_refusals", text, _LABELS, registry=self._registry)
+        self._told = (self._first, self._whole, self._asked, self._answered, self._refused)
+
+    def forget(self, adapter: str) -> None:
+        """Drops the figures of an adapter that was unloaded: of thousands that come and go none may stay in memory."""
+        for each in self._told:
+            each.remove(self._model_name, adapter)
+
+    def _is_served(self, adapter: str | None) -> bool:
+        return adapter is None or adapter in self._engine.adapters
 
     def first_token(self, adapter: str | None, seconds: float) -> None:
         """The first token of an answer came after this time."""
-        self._first.labels(self._model_name, adapter or "").observe(seconds)
+        if self._is_served(adapter):
+            self._first.labels(self._model_name, adapter or "").observe(seconds)
 
     def end(self, adapter: str | None, seconds: float, prompt_tokens: int, tokens: int, text: str) -> None:
         """A whole answer was there after this time."""
+        if not self._is_served(adapter):
+            return
         labels = self._model_name, adapter or ""
         self._whole.labels(*labels).observe(seconds)
         self._asked.labels(*labels).observe(prompt_tokens)
@@ -94,10 +112,11 @@ class Metrics:
         ):
             counter = CounterMetricFamily(f"lorafit:{key}", text, labels=_LABELS)
             for adapter, number in tokens.items():
-                counter.add_metric([name, adapter or ""], number)
+                if self._is_served(adapter):
+                    counter.add_metric([name, adapter or ""], number)
             yield counter
         ended = CounterMetricFamily("lorafit:request_success", "Answers, by end.", labels=(*_LABELS, "finished_reason"))
         for (adapter, reason), number in figures.finished.items():
-            if reason in _REASONS:
+            if reason in _REASONS and self._is_served(adapter):
                 ended.add_metric([name, adapter or "", _REASONS[reason]], number)
         yield ended

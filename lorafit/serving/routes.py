@@ -114,6 +114,7 @@ async def unload_adapter(body: UnloadBody, request: Request) -> Response:
     """One less, once its running requests are answered."""
     service = _may_load(request)
     await _change(service, lambda: service.catalog.unload(body.lora_name), "lora_name")
+    service.metrics.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -204,7 +205,7 @@ async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncItera
     try:
         async for number, piece in _service(request).follow(form.writings):
             for chunk in form.last_chunks(number) if piece is None else form.chunks(number, piece):
-                yield event(chunk)
+                yield event({**chunk, "usage": None} if tells_usage else chunk)  # null until the last, as OpenAI says
         if tells_usage:
             yield event(form.usage_chunk())
         _remember(request, form)

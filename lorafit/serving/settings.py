@@ -44,7 +44,7 @@ def read_key(host: str) -> str | None:
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key and not is_this_machine(host):
-        what = f"whoever reaches {host} could use the model, and no key is set"
+        what = f"whoever reaches '{host}' could use the model, and no key is set"
         raise SafetyError(what, key="--host", todo=f"set {KEY_VARIABLE} in the environment, or listen at 127.0.0.1")
     return key or None
 

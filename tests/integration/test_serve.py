@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -103,10 +104,13 @@ def test_an_answer_is_that_of_generate(server: Server, shop: Path, name: str) ->
 
 
 def test_a_stream_ends_with_done(server: Server) -> None:
-    text = server.chat("base", max_tokens=3, stream=True).text
+    text = server.chat("base", max_tokens=3, stream=True, stream_options={"include_usage": True}).text
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
-    assert {json.loads(event)["object"] for event in events[:-1]} == {"chat.completion.chunk"}
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert [chunk["usage"] is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert "usage" not in json.loads(server.chat("base", max_tokens=3, stream=True).text.splitlines()[0][6:])
 
 
 def test_log_probabilities_are_of_the_tokens_written(server: Server) -> None:
@@ -319,6 +323,57 @@ def test_a_body_of_10_mb_is_refused_and_the_server_lives(server: Server, tmp_pat
         server.url + CHAT,
     ]
     assert subprocess.run(curl, capture_output=True, text=True, check=True).stdout.endswith(" 413")
+    assert server.chat("base", max_tokens=1).status_code == 200
+
+
+def http(body: Any, head: str = "Connection: close", version: str = "1.1") -> bytes:
+    """A request for an answer, as it goes over the wire."""
+    content = json.dumps(body).encode()
+    lines = (f"POST {CHAT} HTTP/{version}", "Host: localhost", "Content-Type: application/json", head)
+    return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
+
+
+SHORT = {**ASK, "max_tokens": 1}
+KEPT = "Connection: keep-alive"
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (http(SHORT, "X: y", "1.0"), [200]),
+        (
+            http(SHORT, KEPT) * 2 + http({**SHORT, "model": "nobody"}, KEPT) + http(SHORT),
+            [200, 200, 404, 200],
+        ),  # at once
+        (http(SHORT)[:-9], []),  # and no more is sent
+        (b"\x16\x03\x01\x02" + b"\0" * 500, [400]),  # TLS
+        (f"GET /{'a' * 90_000} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(), [404]),
+        (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n".encode(), [400]),
+        (http(SHORT).replace(b"Content-Length: ", b"Content-Length: 1, "), [400]),
+    ],
+)
+def test_whatever_comes_over_a_socket_the_next_one_is_answered(
+    server: Server, sent: bytes, statuses: list[int]
+) -> None:
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20) as client:
+        client.sendall(sent)
+        if not statuses:
+            client.shutdown(socket.SHUT_WR)
+        told = b"".join(iter(lambda: client.recv(65_536), b""))
+    assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", told)] == statuses
+    assert len(told) < 2_000
+    assert server.chat("base", max_tokens=1).status_code == 200
+
+
+def test_two_hundred_clients_that_hang_up_leave_nothing_behind(server: Server) -> None:
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    clients = [socket.create_connection(address, timeout=20) for _ in range(200)]
+    for number, client in enumerate(clients):
+        client.sendall(http(LONG)[: (None, 40, 0)[number % 3]])
+    assert server.chat("base", max_tokens=1).status_code in (200, 429)
+    for client in clients:
+        client.close()
+    wait_for(lambda: server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0)
     assert server.chat("base", max_tokens=1).status_code == 200
 
 
@@ -559,7 +614,12 @@ def test_ctrl_c_ends_within_the_grace(shop: Path) -> None:
 
 def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, server: Server) -> None:
     base, port = str(world.base), server.url.rsplit(":", 1)[1]
-    foreign_adapter(world.root / "peft", world.base)
+    peft = foreign_adapter(world.root / "peft", world.base)
+    foreign_adapter(world.root / "foreign", make_base(world.root / "other", seed=9))
+    for name in ("cut", "bare"):
+        shutil.copytree(peft, world.root / name)
+    cut_weights(world.root / "cut")
+    (world.root / "bare" / "adapter_model.safetensors").unlink()
     for arguments, code, *says in (
         ((base, "--port", port), 2, f"--port: port {port} of 127.0.0.1 is in use"),
         ((base, "--host", "0.0.0.0"), 8, "--host: ", "set LORAFIT_API_KEY"),
@@ -575,9 +635,13 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--split", "base=0.5"), 2, "--split: the shares are 0.5 together"),
         ((base, "--split", "base"), 2, "--split: ", "NAME=SHARE"),
         ((base, "--feedback", "no/such/folder/f.jsonl"), 2, "ratings cannot be written"),
+        ((base, "--feedback", "/dev/zero"), 2, "--feedback: is no file"),
         ((base, "--feedback", "d.jsonl"), 4, "d.jsonl:1: is no rating"),
         ((base, "--feedback", str(world.base / "model.safetensors")), 4, "model.safetensors"),
         ((base, "--port", "99999"), 2, "--port", "65535"),
+        ((base, "--adapter", "a=cut"), 5, "adapter_model.safetensors: is incomplete"),
+        ((base, "--adapter", "a=bare"), 5, "bare: adapter_model.safetensors is missing"),
+        ((base, "--adapter", "a=foreign"), 5, "foreign: trained on"),
         (("nowhere/at/all",), 5, "nowhere/at/all"),
     ):
         say_all(world.run("serve", *arguments), code, *says)
