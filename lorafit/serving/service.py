@@ -145,6 +145,7 @@ class Service:
                     raise as_api_error(piece) from piece
                 going -= piece is None
                 yield number, piece
+                await asyncio.sleep(0)  # of many that are there at once: others have their turn
         except TimeoutError:
             what = f"not answered within {self.settings.timeout_seconds:g} seconds; ask for fewer tokens, or later"
             raise ApiError(504, what, code="timeout") from None

@@ -32,7 +32,7 @@ class Engine:
         self.limits, self.tickets = SimpleNamespace(waiting=8), list[Ticket]()
         self.closed, self.waits = threading.Event(), threading.Semaphore(0)
         self.failed: Future[None] = Future()
-        self.told = Figures(0, 0)
+        self.told, self.adapters = Figures(0, 0), ("a0",)
 
     def figures(self) -> Figures:
         return self.told
@@ -78,6 +78,30 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
 
 
 ORDER = Order(lambda longest: Sampling(longest))
+
+
+def test_pieces_that_are_all_there_do_not_hold_others_up(service: Service) -> None:
+    """Of a client that read nothing for a while, or is cut off with thousands of them before it."""
+
+    async def follow() -> int:
+        writings, turns = service.write(service.catalog.choose("a0"), [[1]], ORDER), 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        engine: Any = service._engine
+        for number in range(100):
+            engine.tickets[0].add(Written(number, "a"))
+        engine.tickets[0].end("length")
+        beside = asyncio.create_task(other())
+        assert len([piece async for piece in service.follow(writings)]) == 101
+        beside.cancel()
+        return turns
+
+    assert asyncio.run(follow()) > 100
 
 
 def test_another_adapter_of_the_same_name_does_not_answer(service: Service) -> None:
