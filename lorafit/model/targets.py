@@ -8,8 +8,10 @@ The answer is read off the model itself, loaded or on the meta device, so that p
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -353,9 +355,18 @@ def _named_in_code(kind: type[nn.Module], pattern: re.Pattern[str]) -> frozenset
     if not kind.__module__.startswith("transformers."):
         return frozenset()
     try:
-        return frozenset(pattern.findall(inspect.getsource(kind)))
-    except (OSError, TypeError):  # no source at hand
+        code = _code_of_classes(kind.__module__).get(kind.__qualname__) or inspect.getsource(kind)
+    except (OSError, TypeError, KeyError):  # no source at hand
         return frozenset()
+    return frozenset(pattern.findall(code))
+
+
+@cache
+def _code_of_classes(module: str) -> dict[str, str]:
+    """The code of each class at the top of a module: `inspect` would parse the whole file for each of them."""
+    code = inspect.getsource(sys.modules[module])
+    lines, classes = code.splitlines(), (node for node in ast.parse(code).body if isinstance(node, ast.ClassDef))
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}
 
 
 def config_number(config: PretrainedConfig, key: str, default: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
+from lorafit.model import targets
 from lorafit.model.attach import attach_adapter, check_plan
 from lorafit.model.attention import set_attention
 from lorafit.model.class_shape import find_shape, read_class_shape
@@ -31,6 +33,7 @@ from lorafit.model.targets import (
     unquantised_names,
 )
 from tests.support.adapted import lora
+from tests.support.tiny_model import tiny_llama
 from tests.support.zoo_models import tiny_config
 
 CAUSAL = "AutoModelForCausalLM"
@@ -192,6 +195,17 @@ def test_a_head_inside_of_the_language_model_is_found() -> None:
     model, _ = empty("nemotron_h_omni")
     assert model.get_output_embeddings() is None
     assert output_head(model) is model.language_model.lm_head and head_names(model) == ["language_model.lm_head"]
+
+
+def test_a_file_of_code_is_parsed_once_for_all_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a first use of a model that is a tenth of a second instead of one."""
+    parsed: list[str] = []
+    real = ast.parse
+    monkeypatch.setattr(ast, "parse", lambda code, *rest, **more: parsed.append(code) or real(code, *rest, **more))
+    targets._named_in_code.cache_clear()
+    targets._code_of_classes.cache_clear()
+    left_out_names(tiny_llama())
+    assert parsed and len(parsed) == len(set(parsed))
 
 
 def test_towers_that_do_not_know_an_attention_are_loaded_without_it() -> None:
