@@ -24,6 +24,7 @@ from lorafit.contracts import Batch
 from lorafit.estimation.dry_run import DryRun
 from lorafit.facts import DeviceFacts
 from lorafit.kinds.optimizers import rate_groups
+from lorafit.kinds.tasks import tasks
 from lorafit.machine.hardware import FIRST_WITH_BF16
 from lorafit.memory import StepMemory
 from lorafit.model.attach import attach_adapter
@@ -45,7 +46,9 @@ from lorafit.trainer.step import Update, accumulate_gradients
 
 CARD = torch.device("cuda", 0)
 ALLOCATED_BLOCK = 512  # bytes; Source: c10/cuda/CUDACachingAllocator, kMinBlockSize
-LAYER_KEYS = ("num_hidden_layers", "n_layer")
+LAYER_KEYS = (
+    *("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
 ATTENTION_KERNELS = {
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_efficient_attention": "efficient",
@@ -160,9 +163,10 @@ class CardStep:
     ) -> None:
         recipe = load_recipe(file, [*overrides, "model.kernels=none"]).recipe  # Triton's run on no fake tensors
         self.config = cut(dict(known_config(model or recipe.model.base) or {}), layers)
-        asked = recipe_step(recipe, find_shape(self.config), None, card_facts(memory_gib)).step
-        tokens = row_tokens or asked.row_tokens
-        self.step = step = replace(asked, row_tokens=tokens, row_labels=tokens - 1)
+        shape = find_shape(self.config, tasks.bind(recipe.task).model_class)
+        asked = recipe_step(recipe, shape, None, card_facts(memory_gib)).step
+        row = {} if row_tokens is None else {"row_tokens": row_tokens, "row_labels": row_tokens - 1}
+        self.step = step = replace(asked, **row)
         self._dry_runs: dict[bool, DryRun] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         base = build_weightless(
