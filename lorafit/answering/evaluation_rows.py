@@ -22,6 +22,7 @@ from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.kinds.metrics import metrics, with_companions
 from lorafit.machine.devices import read_device
+from lorafit.model.classes import read_settings
 from lorafit.model.inspect import coverage
 from lorafit.objective import Objective
 from lorafit.recipe.load import LoadedRecipe, load_recipe
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
 """What a trained run is: it is taken from the run's card, whatever a recipe says now."""
+
+_LONGEST_PROMPT = 2048
+"""Most tokens of a prompt that fills the model's context, with its answer: longer ones take minutes on a CPU."""
 
 _OF_THE_RUN = {"adapter", "seed", "base_path", "template_date", "template_dates"}
 """Of a card, what changes nothing of its base."""
@@ -171,8 +175,15 @@ def open_asking(opened: OpenedRun, job: Job, reporter: Reporter) -> Asking:
 
         folder = opened.loaded.folder / Path(evaluation.encoder).expanduser()
         encoder = SentenceEncoder.open(folder, job.device.kind, reporter)
+    positions = read_settings(job.base.config).get_text_config()
     return Asking(
-        job.renderer.reword, evaluation.repeats, evaluation.repeat_temperature, job.recipe.seed, encoder=encoder
+        job.renderer.reword,
+        evaluation.repeats,
+        evaluation.repeat_temperature,
+        job.recipe.seed,
+        encoder,
+        row_tokens=job.recipe.data.max_length,
+        context_tokens=min(_LONGEST_PROMPT, getattr(positions, "max_position_embeddings", None) or _LONGEST_PROMPT),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 WORST_ROWS = 10
+OwnRows = Mapping[str, "Sequence[Row]"]
+"""Rows of metrics' own prompts, by metric."""
 
 
 _NOT_SCORED = RowScore()
@@ -128,16 +130,16 @@ def join_rows(
     tuned_further: Sequence[Replies] | None = None,
 ) -> tuple[Row, ...]:
     """One Row a source row. Examples that were split from one row are added up: rows are what a bootstrap may draw."""
-    none: Sequence[Replies] = [{}] * len(asked)
+    base_replies, tuned_replies = (
+        further[: len(asked)] if further else [{}] * len(asked) for further in (base_further, tuned_further)
+    )
     joined: dict[tuple[str, int], Row] = {}
     for index, (base, tuned) in enumerate(zip(base_losses, tuned_losses, strict=True)):
         file, line = place_of(examples[index])
         known = joined.get((file, line), Row(file, line))
         joined[file, line] = replace(known, base=known.base.plus(base), tuned=known.tuned.plus(tuned))
-    answered = zip(asked, zip(base_answers, base_further or none, strict=True), strict=True)
-    for (question, of_base), of_tuned in zip(
-        answered, zip(tuned_answers, tuned_further or none, strict=True), strict=True
-    ):
+    of_base, of_tuned = zip(base_answers, base_replies, strict=True), zip(tuned_answers, tuned_replies, strict=True)
+    for question, base_answered, tuned_answered in zip(asked, of_base, of_tuned, strict=True):
         known = joined.get((question.file, question.line), Row(question.file, question.line))
         base, tuned = (
             replace(
@@ -146,7 +148,7 @@ def join_rows(
                 written=answer.written,
                 further=further,
             )
-            for side, (answer, further) in ((known.base, of_base), (known.tuned, of_tuned))
+            for side, (answer, further) in ((known.base, base_answered), (known.tuned, tuned_answered))
         )
         images = tuple(one.file for one in question.pictures)
         here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned, images=images)
@@ -154,17 +156,37 @@ def join_rows(
     return tuple(joined.values())
 
 
+def probe_rows(base: Replies, tuned: Replies) -> dict[str, tuple[Row, ...]]:
+    """The rows of metrics' own prompts, by metric."""
+    return {
+        name: tuple(
+            Row("", number, base=_probed(name, one), tuned=_probed(name, other))
+            for number, (one, other) in enumerate(zip(replies, tuned[name], strict=True), start=1)
+        )
+        for name, replies in base.items()
+    }
+
+
+def _probed(name: str, reply: Reply) -> RowScore:
+    return RowScore(
+        answer=reply.text, written=reply.written, prompt=reply.question.words or "", further={name: (reply,)}
+    )
+
+
 def compare_rows(
-    rows: Sequence[Row], metric_names: Sequence[str], *, seed: int
+    rows: Sequence[Row], metric_names: Sequence[str], *, seed: int, own: OwnRows | None = None
 ) -> tuple[tuple[Comparison, ...], tuple[Unscored, ...]]:
-    """A comparison for each value of each metric over the rows it can score, and what it could not score."""
+    """A comparison for each value of each metric over the rows it can score, and what it could not score.
+
+    `own`: rows of metrics' own prompts, which they are scored on instead.
+    """
     comparisons: list[Comparison] = []
     unscored: list[Unscored] = []
     for name in dict.fromkeys(metric_names):
-        metric = metrics.get(name)
-        usable = usable_rows(rows, metric)
-        if len(usable) < len(rows):
-            unscored.append(Unscored(name, len(rows) - len(usable), len(rows), metric.condition))
+        metric, read = metrics.get(name), (own or {}).get(name, rows)
+        usable = usable_rows(read, metric)
+        if len(usable) < len(read):
+            unscored.append(Unscored(name, len(read) - len(usable), len(read), metric.condition))
         if usable:
             base, tuned = [row.base for row in usable], [row.tuned for row in usable]
             comparisons += compare(name, metric, base, tuned, seed=seed)
@@ -197,11 +219,12 @@ def with_vectors(
     )
 
 
-def show_metrics(rows: Sequence[Row], metric_names: Sequence[str]) -> tuple[ReportTable, ...]:
-    """What metrics show beside their values."""
+def show_metrics(rows: Sequence[Row], metric_names: Sequence[str], own: OwnRows) -> tuple[ReportTable, ...]:
+    """What metrics show beside their values, of the rows or of their own prompts."""
     found = list[ReportTable]()
-    for metric in map(metrics.get, dict.fromkeys(metric_names)):
-        if usable := usable_rows(rows, metric):
+    for name in dict.fromkeys(metric_names):
+        metric = metrics.get(name)
+        if usable := usable_rows(own.get(name, rows), metric):
             found += metric.tables([row.base for row in usable], [row.tuned for row in usable])
     return tuple(found)
 
@@ -212,7 +235,8 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[W
     Among equals the row with the higher loss comes first.
     """
     names = [line.metric for line in comparisons]
-    name = next((name for name in names if metrics.get(name).needs != "scores"), "loss")
+    answering = (name for name in names if metrics.get(name).needs != "scores" and not metrics.get(name).probes())
+    name = next(answering, "loss")
     metric = metrics.get(name)
     sign = 1.0 if metric.better == "higher" else -1.0
     found: list[tuple[float, float, WorstRow]] = []

@@ -23,7 +23,15 @@ from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.further import Asking, FurtherQuestions, Replies, as_asked
-from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows, show_metrics, with_vectors
+from lorafit.evaluation.rows import (
+    compare_rows,
+    fill_text,
+    find_worst,
+    join_rows,
+    probe_rows,
+    show_metrics,
+    with_vectors,
+)
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes, run_or_halve
@@ -222,17 +230,18 @@ def evaluate_pair(
     forget_peak_memory(engine.device, of_process=False)
     _require_rows(examples, generation_rows)
     asked = find_asked(generation_rows, metric_names)
-    questions = FurtherQuestions.of(asked, metric_names, asking)
-    questions.tell(sampling, reporter)
+    questions = FurtherQuestions.of(asked, metric_names, asking, generation_rows[:1], sampling)
+    questions.tell(reporter)
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
     score = partial(score_examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
-    run = partial(_run_side, engine, examples, retention, questions, sampling, stop_ids, score, reporter)
+    run = partial(_run_side, engine, examples, retention, questions, stop_ids, score, reporter)
     with evaluating(objective):
         base, base_answers, base_kept, base_further = base_once(lambda: run("base", None, base_scorer or objective))
         tuned, answers, kept, further = run("tuned", engine.adapters[0], objective)
     rows = join_rows(examples, base, tuned, asked, base_answers, answers, base_further, further)
     rows = with_vectors(rows, metric_names, asking, reporter)
-    comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
+    own = probe_rows(base_further[-1], further[-1])
+    comparisons, unscored = compare_rows(rows, metric_names, seed=seed, own=own)
     retained = join_rows(retention, base_kept, kept) if retention is not None else ()
     return Evaluation(
         about=about or About(),
@@ -252,7 +261,7 @@ def evaluate_pair(
         base_note=base_note,
         tables=objective.task.tables([row.tuned.sums for row in rows]),
         base_tables=(base_scorer or objective).task.tables([row.base.sums for row in rows]),
-        metric_tables=show_metrics(rows, metric_names),
+        metric_tables=show_metrics(rows, metric_names, own),
     )
 
 
@@ -261,7 +270,6 @@ def _run_side(
     examples: Examples,
     retention: Examples | None,
     questions: FurtherQuestions,
-    sampling: Sampling,
     stop_ids: Sequence[int],
     score: Callable[..., list[RowScore]],
     reporter: Reporter,
@@ -273,9 +281,9 @@ def _run_side(
     with engine.using(adapter):
         kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
         losses = score(scorer, examples, what=f"scoring, {side} model")
-    requests = [Request.of_row(row, adapter, sampling, stop_ids) for row in questions.rows]
+    requests = [Request.of_row(row, adapter, questions.sampling, stop_ids) for row in questions.rows]
     answers = engine.answer(requests, reporter=reporter, what=f"answers, {side} model")
-    return losses, answers, kept, questions.ask(engine, adapter, sampling, stop_ids, reporter, side)
+    return losses, answers, kept, questions.ask(engine, adapter, stop_ids, reporter, side)
 
 
 def _scored(task: Task[TaskSection]) -> list[str]:

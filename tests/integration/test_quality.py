@@ -8,12 +8,14 @@ import pytest
 
 import lorafit
 from lorafit.errors import DataError, LorafitError
+from lorafit.kinds.metrics._stress_prompts import PROMPTS
 from tests.support.tiny_encoder import make_encoder
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_rows, train_tiny, write_rows
 
 ROWS = [{**row, "paraphrases": [f"tell me: {row['question']}"]} for row in make_rows(6, first=200)]
 NAMES = ["repeatability", "paraphrase_consistency", "perturbation_consistency", "style_distance", "domain_relevance"]
+NAMES += ["stress"]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,15 @@ def test_all_of_them_stand_in_every_form_of_the_report(run):
     assert set(metrics) == {
         *("repeatability", "sampled_similarity", "paraphrase_consistency", "paraphrase_same"),
         *("perturbation_consistency", "perturbation_same", "style_distance", "style_delta", "domain_relevance"),
-        *("relevance_to_prompt", "relevance_to_reference", "relevance_margin"),
+        *("relevance_to_prompt", "relevance_to_reference", "relevance_margin", "stress"),
     }
     assert metrics["repeatability"]["tuned"] == metrics["repeatability"]["base"] == 1.0
+    assert metrics.pop("stress")["rows"] == len(PROMPTS)
     assert all(value["rows"] == 6 for value in metrics.values())
     (file,) = run.glob("report.set-*.json")
     tables = json.loads(file.read_text())["metric_tables"]
     assert [line[0] for line in tables["domain_relevance"]["lines"]] == ["base", "tuned", "references themselves"]
+    assert {line[2] for line in tables["stress_answers"]["lines"]} >= {"ok", "متى تفتحون غدًا؟"}
     text = file.with_suffix(".md").read_text()
     assert "## Perturbation_consistency by way of asking" in text
     first = json.loads(file.with_suffix(".jsonl").read_text().splitlines()[0])

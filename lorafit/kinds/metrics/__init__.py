@@ -44,12 +44,18 @@ class Question:
         words: What the user says in the place of the row's last words; None: the prompt is as it is.
         draw: Number of a draw, from 1, at `evaluation.repeat_temperature`; 0: the answer is made as the row's own.
         alone: Whether it is written in a batch of its own, rather than beside others.
+        trap: What an answer must not consist of; empty where there is no such thing.
+        filler: Stands before the words, as often as there is room.
+        room: What the prompt fills with it: the longest row, or the model's context.
     """
 
     name: str
     words: str | None = None
     draw: int = 0
     alone: bool = False
+    trap: str = ""
+    filler: str = ""
+    room: Literal["row", "context"] = "row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +65,16 @@ class Reply:
     Attributes:
         question: The question.
         text: The answer without control tokens.
+        written: The answer with its control tokens.
+        ended: How it ended, as `Answer.ended`.
+        before: Of a metric's own prompt: what the rendered prompt holds before its words.
     """
 
     question: Question
     text: str
+    written: str = ""
+    ended: str = "stop"
+    before: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +175,10 @@ class Metric(ABC):
             row: Without an answer yet.
             repeats: `evaluation.repeats`.
         """
+        return ()
+
+    def probes(self) -> Sequence[Question]:
+        """Prompts of its own, each of which becomes a row with one reply; it is scored on these alone."""
         return ()
 
     def texts(self, row: RowScore) -> Sequence[str]:

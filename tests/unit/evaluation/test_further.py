@@ -13,6 +13,8 @@ from lorafit.contracts import Sample, Silent
 from lorafit.errors import DataError
 from lorafit.evaluation.further import Asking, FurtherQuestions
 from lorafit.evaluation.runner import evaluate_pair
+from lorafit.kinds.metrics import Question, metrics
+from lorafit.kinds.metrics._stress_prompts import PROMPTS
 from lorafit.kinds.metrics.perturbation_consistency import PERTURBATIONS
 from lorafit.kinds.tasks import tasks
 
@@ -100,7 +102,7 @@ def test_draws_differ_from_each_other_and_come_again(tuned, tokenizer, asked, as
 def test_nothing_is_asked_for_metrics_that_ask_nothing(asked, asking):
     told = Told()
     questions = FurtherQuestions.of(asked[1], ["exact_match", "rouge", "style_distance"], asking)
-    questions.tell(Sampling(3), told)
+    questions.tell(told)
     assert not questions.asked
     assert not told.lines
 
@@ -111,3 +113,39 @@ def test_other_words_that_the_template_refuses_name_the_row(asked, asking):
 
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the template refuses it"):
         FurtherQuestions.of(asked[1], ["perturbation_consistency"], replace(asking, reword=refuse))
+
+
+def test_prompts_of_a_metrics_own_are_asked_behind_the_first_rows_system_message(tokenizer, asked, asking):
+    system, user = {"role": "system", "content": "be brief"}, {"role": "user", "content": "say hi"}
+    chat = Sample("rows.jsonl", 1, messages=(system, user, {"role": "assistant", "content": "x"}, user))
+    seen = []
+
+    def reword(sample, words):
+        seen.append((sample.messages[:-1], words))
+        if not words:
+            raise DataError("a turn without words")
+        return list(tokenizer(words)["input_ids"])
+
+    like = [replace(asked[1][0], asked=chat)]
+    asking = replace(asking, reword=reword, row_tokens=300, context_tokens=900)
+    questions = FurtherQuestions.of([], ["stress"], asking, like, Sampling(100))
+    assert all(before == (system,) for before, _ in seen)
+    assert len(questions.asked) == len(PROMPTS) - 1  # the template refuses the empty one
+    lengths = [len(each.prompt_ids) for each in questions.asked if each.question.filler]
+    assert [300 - 70 < length <= 300 for length in lengths[:1]] == [True]
+    assert [800 - 70 < length <= 800 for length in lengths[1:]] == [True, True]
+
+
+def test_a_metrics_own_prompts_are_scored_instead_of_rows(tuned, tokenizer, asked, asking, monkeypatch):
+    few = (Question("short", "a"), Question("empty", " "), Question("long", "?", filler="mug ", room="context"))
+    monkeypatch.setattr(metrics.get("stress"), "probes", lambda: few)
+    found = run(tuned, tokenizer, asked, ["stress", "loss"], replace(asking, context_tokens=64))
+    lines = {line.name: line for line in found.comparisons}
+    assert (lines["stress"].rows, lines["loss"].rows) == (3, 3)
+    assert found.tuned_speed is None  # no row needs an answer
+    assert all(row.tuned.answer is None for row in found.rows)
+    assert [line[:2] for line in found.metric_tables[0].lines] == [("short", 1), ("empty", 1), ("long", 1)]
+    assert found.worst[0].name == "loss"
+    assert not found.unscored
+    without = run(tuned, tokenizer, (asked[0], []), ["stress", "loss"], asking)
+    assert [entry.metric for entry in without.unscored] == ["stress"]
