@@ -17,6 +17,7 @@ import yaml
 
 from tests.support.docs_scripts import load_script
 from tests.support.served import Server
+from tests.support.tiny_encoder import make_encoder
 from tests.support.tiny_model import make_base
 from tests.support.world import World, say_all
 
@@ -112,10 +113,15 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("finished")
 
 
+ENCODER = "models/all-MiniLM-L6-v2"
+
+
 def prepare(world: World, small_recipes: Path, finished_runs: Path, commands: list[Command]) -> None:
-    """The sandbox that a page finds: the recipes, and the runs that it uses but does not make itself."""
+    """The sandbox that a page finds: the recipes, and what it uses but does not make itself: runs, an encoder."""
     shutil.copytree(small_recipes, world.root / "recipes")
     lines = [command.line for command in commands]
+    if any(ENCODER in line for line in lines):
+        make_encoder(world.root / ENCODER)
     for run, made_by in MADE_BY.items():
         used = next((n for n, line in enumerate(lines) if run in re.split(r"[\s=]", line)), None)
         made = lines.index(made_by) if made_by in lines else len(lines)
