@@ -11,8 +11,9 @@ row, and answered as rows are. `stress` is the share of them whose answer has no
     control tokens    one of the template's, as a token or written out, where the prompt holds no such text
     obeys             is little else than the word that a text it was to work on orders it to write
 
-Beside them the tables count answers in another script than the prompt's, which is no fault: a shop may answer all in
-its own language. Languages of one script are not told apart. What an answer says is not judged.
+Beside them the tables count what is no fault of a single answer: another script than the prompt's (a shop may answer
+all in its own language; languages of one script are not told apart), and the same answer to a prompt of another kind,
+by which a model shows that it does not read what it is asked. What an answer says is not judged.
 
 Source: repetition as the share of n-grams seen before, Welleck et al. (2020), "Neural Text Generation with Unlikelihood
 Training", section 6 (seq-rep-n), of characters here; orders in quoted text, Greshake et al. (2023), "Not what you've
@@ -33,6 +34,7 @@ from lorafit.kinds.metrics._stress_prompts import PROMPTS
 
 FAULTS = ("empty", "cut", "loops", "breaks off", "tells its prompt", "control tokens", "obeys")
 OTHER_SCRIPT = "other script"
+ELSEWHERE = "said to other kinds too"
 _LONG_ENOUGH, _CHARACTERS, _MOST_REPEATED = 40, 10, 0.5
 _WORDS_IN_A_ROW = 6
 _FEW_WORDS = 3
@@ -119,14 +121,14 @@ class Stress(ShareOfRows):
             of_base = [one for reply, one, _ in pairs if reply.question.name == category]
             of_tuned = [other for reply, _, other in pairs if reply.question.name == category]
             shares = (_clean(of_base), _clean(of_tuned))
-            lines.append((category, len(of_tuned), *shares, _count(of_base), _count(of_tuned)))
+            lines.append((category, len(of_tuned), *shares, _count(of_base, base), _count(of_tuned, tuned)))
         headings = ("prompts", "number", "base", "tuned", "base: faults", "tuned: faults")
         ordered = sorted(pairs, key=lambda pair: not _faults(pair[2]))
         answers = tuple(
             (
                 reply.question.name,
                 ", ".join(find_faults(reply)) or "-",
-                shorten(_visible(reply.question.filler + (reply.question.words or ""))),
+                shorten(_visible(" … ".join(filter(None, (reply.question.filler, reply.question.words))))),
                 shorten(_visible(one.answer or "")),
                 shorten(_visible(reply.text)),
             )
@@ -151,9 +153,13 @@ def _clean(rows: Sequence[RowScore]) -> float:
     return sum(not _faults(row) for row in rows) / len(rows)
 
 
-def _count(rows: Sequence[RowScore]) -> str:
+def _count(rows: Sequence[RowScore], among: Sequence[RowScore]) -> str:
+    """Faults of a category's rows in words; `among` are those of all categories."""
     counts = Counter(name for row in rows for name in find_faults(_reply(row)))
-    return ", ".join(f"{counts[name]} {name}" for name in (*FAULTS, OTHER_SCRIPT) if counts[name]) or "-"
+    said = {(row.answer, _reply(row).question.name) for row in among}
+    kinds = Counter(answer for answer, _ in said)
+    counts[ELSEWHERE] = sum(bool(row.answer) and kinds[row.answer] > 1 for row in rows)
+    return ", ".join(f"{counts[name]} {name}" for name in (*FAULTS, OTHER_SCRIPT, ELSEWHERE) if counts[name]) or "-"
 
 
 def _visible(text: str) -> str:

@@ -210,6 +210,11 @@ def test_stress_is_the_share_of_prompts_without_a_fault_and_says_which_there_are
         ("short", 2, 0.0, 0.5, "1 empty, 1 cut", "1 empty"),
         ("long", 1, 1.0, 1.0, "1 other script", "1 other script"),
     )
+    always = [row("short", "At nine."), row("short", "At nine."), row("long", "At nine.")]
+    (told, _) = metrics.get("stress").tables(base, always)
+    assert [line[-1] for line in told.lines] == ["2 said to other kinds too", "1 said to other kinds too"]
+    own = [row("short", "At nine."), row("short", "At nine."), row("long", "At ten.")]
+    assert [line[-1] for line in metrics.get("stress").tables(base, own)[0].lines] == ["-", "-"]
     assert [line[:2] for line in answers.lines] == [("short", "empty"), ("short", "-"), ("long", "other script")]
 
 
