@@ -22,7 +22,9 @@ def main() -> None:
     try:
         read_names_as_utf8()
         from lorafit.cli import main as run
+        from lorafit.machine.collector import put_off_collections
 
+        put_off_collections()
         run()
     except SystemExit:
         import gc

@@ -27,6 +27,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, kind_of_codes, quantizations
+from lorafit.machine.collector import leave_imports_alone
 from lorafit.model.attention import check_attention, register_attention, set_attention
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
@@ -120,6 +121,7 @@ def load_model(
         if torch.device(device).type in ("cpu", "cuda"):
             import_bitsandbytes()
         auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
+        leave_imports_alone()
         skeleton = build_class(base, model_class=model_class)
         names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
         if names.redrawn:
