@@ -95,7 +95,8 @@ class Gate:
             if counted:
                 seconds, note = time.perf_counter() - began, scope["state"].get("note")
                 parts = (f"{scope['method']} {scope['path'][:_SHOWN_CHARACTERS]} {status}", note, f"{seconds:.2f} s")
-                self._service.reporter.info(", ".join(filter(None, parts)))
+                line = ", ".join(filter(None, parts))  # of which a client may have written any letter
+                self._service.reporter.info("".join(one if one.isprintable() else "�" for one in line))
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

@@ -41,6 +41,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     """An answer to a chat, or several."""
     service = _service(request)
     tools = body.tools if body.tool_choice != "none" else None
+    service.bound(json.dumps([body.messages, tools], ensure_ascii=False), answers=body.n or 1)
     sample = _read_chat(body.messages, tools)
     served = await service.catalog.find(body.model, asked_text(sample), body.user)
     prompt = await _asked(service, served, sample)
@@ -59,6 +60,8 @@ async def chat(body: ChatBody, request: Request) -> Response:
 async def complete(body: CompletionBody, request: Request) -> Response:
     """What the model writes behind a text, or behind several."""
     service = _service(request)
+    texts = [one for one in body.prompt if isinstance(one, str)]
+    service.bound(*texts, answers=len(body.prompt) * (body.n or 1))
     looked_at = body.prompt if service.catalog.router is not None else []
     asked = "\n\n".join(one if isinstance(one, str) else service.catalog.text_of(one) for one in looked_at)
     served = await service.catalog.find(body.model, asked, body.user)
@@ -75,6 +78,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
 async def generate(body: GenerateBody, request: Request) -> Response:
     """An answer to one prompt, asked as `lorafit generate` asks it."""
     service = _service(request)
+    service.bound(body.prompt)
     sample = Sample("", 0, prompt=body.prompt)
     served = await service.catalog.find(body.model, asked_text(sample))
     prompt = await _asked(service, served, sample)

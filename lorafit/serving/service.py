@@ -14,7 +14,7 @@ from lorafit.answering.sampling import GREEDY, Sampling
 from lorafit.answering.ticket import LiveRequest, Written
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.plain_text import PlainText
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, QueueFull
 from lorafit.serving.catalog import Catalog, Served
 from lorafit.serving.errors import ApiError, as_api_error, shutting_down
 from lorafit.serving.feedback import Feedback
@@ -29,6 +29,8 @@ Made = TypeVar("Made")
 _HEALTH_SECONDS = 30.0
 _PROBE = LiveRequest([0], None, replace(GREEDY, max_new_tokens=1), counts=False)
 _LOOK_SECONDS = 0.02
+_CHARACTERS_A_TOKEN = 32
+"""More than those of any text's average; what is longer is refused before a minute goes into its tokens."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,25 @@ class Service:
             self.metrics.register(catalog.router)
         self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
         self._probe: asyncio.Task[None] | None = None
-        self.is_closing, self.running = False, 0
+        self.is_closing, self.running, self._rendering = False, 0, 0
+
+    def bound(self, *texts: str, answers: int = 1) -> None:
+        """Looks at a request before any work goes into it, for which others would wait.
+
+        Args:
+            texts: Its prompts.
+            answers: How many it asks for.
+
+        Raises:
+            ApiError: A text is longer than any prompt, or more answers are asked for than may ever wait.
+        """
+        most, room = self._engine.limits.waiting, self._engine.room(0)
+        if answers > most:  # 429 would have the client ask again for ever
+            raise ApiError(400, f"{answers} answers in one request; at most {most} may wait here", param="n")
+        longest = max(map(len, texts), default=0)
+        if longest > room * _CHARACTERS_A_TOKEN:
+            what = f"the longest prompt with its answer is {room:,} tokens here, and a text of {longest:,} characters "
+            raise ApiError(400, f"{what}is more; shorten it", param="messages", code="context_length_exceeded")
 
     async def ask(self, served: Served, sample: Sample) -> list[int]:
         """The tokens of a chat or prompt, as training rendered what stood before an answer."""
@@ -99,9 +119,6 @@ class Service:
             ApiError: A prompt is too long, too many requests wait, or the engine refuses it.
         """
         writings: list[Writing] = []
-        most, asked_for = self._engine.limits.waiting, len(prompts) * order.choices
-        if asked_for > most:  # 429 would have the client ask again for ever
-            raise ApiError(400, f"{asked_for} answers in one request; at most {most} may wait here", param="n")
         try:
             for prompt in prompts:
                 sampling = order.sampling(self._longest(served, len(prompt), order.longest))
@@ -215,7 +232,13 @@ class Service:
         return wanted or min(room, self.settings.max_new_tokens)
 
     async def _render(self, work: Callable[[], Made]) -> Made:
-        return await asyncio.get_running_loop().run_in_executor(self._renders, work)
+        if self._rendering >= (most := self._engine.limits.waiting):
+            raise as_api_error(QueueFull(f"{most} prompts wait to be read, the most that may", todo="ask again later"))
+        self._rendering += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._renders, work)
+        finally:
+            self._rendering -= 1
 
 
 def _stop_ids(served: Served) -> tuple[int, ...]:

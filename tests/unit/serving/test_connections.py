@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from lorafit.contracts import Silent
 from lorafit.errors import LorafitError
 from lorafit.serving import app as app_module
 from lorafit.serving import running
@@ -32,7 +31,9 @@ class Served:
     def __init__(self) -> None:
         self.left = threading.Event()
         settings = SimpleNamespace(key=None, grace_seconds=0)
-        self.service: Any = SimpleNamespace(settings=settings, running=0, is_closing=False, reporter=Silent())
+        self.logged: list[str] = []
+        reporter = SimpleNamespace(info=self.logged.append)
+        self.service: Any = SimpleNamespace(settings=settings, running=0, is_closing=False, reporter=reporter)
         self.service.drain, self.service.failed = self._drain, Future()
         self.bound, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = self.bound.getsockname()[1]
@@ -159,3 +160,9 @@ def test_a_name_that_was_bent_to_this_machine_is_refused(served: Served, host: s
     """The page it came with would read the answers as its own."""
     with served.connect(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()) as client:
         assert read_all(client).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_no_client_writes_lines_of_the_log_or_moves_its_cursor(served: Served) -> None:
+    with served.connect(b"GET /%1b[2J%0aPOST%20/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as client:
+        assert read_all(client).endswith(b"fine")
+    assert [line.rpartition(",")[0] for line in served.logged] == ["GET /�[2J�POST / 200"]

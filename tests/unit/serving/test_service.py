@@ -123,13 +123,27 @@ def test_another_adapter_of_the_same_name_does_not_answer(service: Service) -> N
     asyncio.run(swap())
 
 
-def test_a_request_for_more_answers_than_may_wait_is_no_matter_of_patience(service: Service) -> None:
-    async def ask() -> None:
-        served = service.catalog.choose("a0")
+def test_a_request_that_can_never_be_answered_costs_nothing(service: Service) -> None:
+    """Not 429, for there is no use in patience; nor a minute for the tokens of what no prompt could hold."""
+    for texts, answers, param in ((["a"], 9, "n"), (["a", "x" * 3_201], 2, "messages")):
         with pytest.raises(ApiError) as told:
-            service.write(served, [[1]] * 9, ORDER)
-        assert (told.value.status, told.value.headers) == (400, {})
-        assert len(service.write(served, [[1]] * 8, ORDER)) == 8
+            service.bound(*texts, answers=answers)
+        assert (told.value.status, told.value.headers, told.value.param) == (400, {}, param)
+    service.bound("x" * 3_200, answers=8)
+
+
+def test_prompts_that_wait_to_be_read_are_bounded(service: Service) -> None:
+    async def ask() -> None:
+        served, go_on = service.catalog.choose("a0"), threading.Event()
+        service._renders.submit(go_on.wait, 20)
+        waiting = [asyncio.create_task(service.read(served, "the shop")) for _ in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="8 prompts wait") as told:
+            await service.read(served, "the shop")
+        assert (told.value.status, told.value.headers) == (429, {"Retry-After": "1"})
+        go_on.set()
+        assert len(await asyncio.gather(*waiting)) == 8
+        assert await service.read(served, "the shop")
 
     asyncio.run(ask())
 
