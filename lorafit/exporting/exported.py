@@ -41,7 +41,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class EngineProof:
-    """Logits of the program that reads an export, beside lorafit's, both in fp32.
+    """Logits of the program that reads an export, which computes in fp32, beside lorafit's of fp32 weights.
 
     Attributes:
         engine: The program.

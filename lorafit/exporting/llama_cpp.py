@@ -1,17 +1,19 @@
 """Logits of llama.cpp beside lorafit's: the proof that a GGUF computes what was trained.
 
-Both compute in fp32: llama.cpp with a cache of f32 and without flash attention, whose defaults alone move the logits of
-an unchanged base by 1e-2.
+llama.cpp computes in fp32 with a cache of f32 and without flash attention: its defaults alone move the logits of an
+unchanged base by 1e-2. lorafit's side has fp32 weights and sums in fp64, so that what is told is llama.cpp's distance
+from the function and not the sum of two roundings.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from lorafit.console.wording import counted
 from lorafit.errors import NumericsError, UsageError
@@ -70,6 +72,18 @@ def load_exactly(base: Base, source: Source) -> PreTrainedModel:
     )
 
 
+def sum_exactly(model: torch.nn.Module) -> None:
+    """From now on its linears compute in fp64, each weight widened for the while; so does what lies between them."""
+
+    def exact(linear: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        bias = None if linear.bias is None else linear.bias.double()
+        return lambda x: functional.linear(x.double(), linear.weight.double(), bias)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            setattr(module, "forward", exact(module))  # noqa: B010
+
+
 class _Llama:
     """A GGUF, loaded by llama.cpp."""
 
@@ -112,10 +126,11 @@ def _compare(
             what = f"llama.cpp reads {counted(len(unlike), 'text')} as other tokens, first {unlike[0][:60]!r}"
             raise NumericsError(what, key="tokenizer", todo="report this tokenizer; use --to peft or --to vllm")
     pairs = []
+    sum_exactly(ours)
     for row in (row[:_LONGEST_PROBE] for row in ids[:_PROBES]):
         with torch.no_grad():
-            own = ours(torch.tensor([row]), use_cache=False).logits[0].float()
-        pairs.append((own, theirs.logits(row)[:, : own.shape[1]]))
+            own = ours(torch.tensor([row]), use_cache=False).logits[0].double()
+        pairs.append((own, theirs.logits(row)[:, : own.shape[1]].double()))
     own, other = (torch.cat(side) for side in zip(*pairs, strict=True))
     proof = EngineProof(
         "llama.cpp",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit import pipeline
 from lorafit.console.exits import bug, explain
@@ -39,21 +39,26 @@ if TYPE_CHECKING:
 
 _AT_THE_END = 1_000_000
 """`evaluation.every_steps` of a run that its recipe evaluates nowhere: the end of a run is always evaluated."""
+_TAKES_A_WHILE = ("loading ", "rehearsing", "converting ", "choosing ")
+"""What messages begin with that say what a run does before its steps."""
 
 
 class _OfARun:
-    """What is told of a run among many: warnings and bars, and not its plan and tables.
+    """What is told of a run among many: warnings, what it does before its steps, bars; and not its plan and tables.
 
     Args:
         reporter: Told.
+        later_seconds: What the runs behind this one take, by those that are done; 0 where none is.
         hides: What a warning begins with that is of no use: of a value that the comparison has set.
     """
 
-    def __init__(self, reporter: Reporter, hides: str = "evaluation.every_steps ") -> None:
-        self._reporter, self._hides = reporter, hides
+    def __init__(self, reporter: Reporter, later_seconds: float = 0.0, hides: str = "evaluation.every_steps ") -> None:
+        self._reporter, self._later, self._hides = reporter, later_seconds, hides
 
     def info(self, message: str) -> None:
-        """Drops it."""
+        """Passes on what takes a while, and drops the rest."""
+        if message.startswith(_TAKES_A_WHILE):
+            self._reporter.info(f"  {message}")
 
     def show(self, renderable: object) -> None:
         """Drops it."""
@@ -64,8 +69,27 @@ class _OfARun:
             self._reporter.warn(message)
 
     def track(self, total: int | None, what: str, done: int = 0) -> Progress:
-        """A bar."""
-        return self._reporter.track(total, what, done)
+        """A bar; that of the steps says what the runs behind this one take."""
+        bar = self._reporter.track(total, what, done)
+        return _Step(bar, clock(self._later)) if what == "training" and self._later else bar
+
+
+class _Step:
+    """The bar of a run's steps, with the time that is left behind them."""
+
+    def __init__(self, bar: Progress, later: str) -> None:
+        self._bar, self._later = bar, later
+
+    def __enter__(self) -> Progress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.__exit__(*exc)
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        """Some steps."""
+        self._bar.advance(amount, **shown, later_runs=self._later)
 
 
 @dataclass
@@ -220,9 +244,9 @@ class Comparison:
                 f"run {len(self.study.runs) + 1} of {max(self._all_runs(), len(self.study.runs) + 1)}: {run.told}"
                 + (f"; about {clock(left)} of training left" if left else "")
             )
-            self._train(run)
+            self._train(run, seconds_left(self.study.runs, waiting[number + 1 :]))
 
-    def _train(self, run: Run) -> None:
+    def _train(self, run: Run, later_seconds: float) -> None:
         """One run, and its record; numbers that are none are a record too, any other error ends the variant."""
         study, variant, where = self.study, run.variant, self.study.where(run)
         assert variant.loaded is not None
@@ -239,7 +263,7 @@ class Comparison:
                 output=where.root,
                 resume=is_run(where.root),
                 plan_file=plan if plan.exists() else None,
-                reporter=_OfARun(self.reporter),
+                reporter=_OfARun(self.reporter, later_seconds),
             )
         except StoppedBySignal:
             raise

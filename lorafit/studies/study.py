@@ -117,7 +117,8 @@ class Study:
         if changed := [text.removeprefix(".") for text in differences("", held.get("definition"), definition)]:
             old, new = (list((each or {}).get("variants", ())) for each in (held.get("definition"), definition))
             said = f"--over: it was {', '.join(old)} and is {', '.join(new)} now"
-            what = f"would not be the same comparison: {said if old != new else tell_differences(changed)}"
+            named = [_as_asked(text, new) for text in changed]
+            what = f"would not be the same comparison: {said if old != new else tell_differences(named)}"
             raise CheckpointError(what, file=str(folder), todo="change it back, or give another --output")
         try:
             runs = {name: Record(**record) for name, record in held["runs"].items()}
@@ -150,6 +151,17 @@ class Study:
     def takes_part(self, variant: Variant) -> bool:
         """Whether a variant is compared, as far as is known."""
         return not variant.refused and variant.name not in self.broken and variant.name not in self.left_out
+
+
+def _as_asked(text: str, variants: Sequence[str]) -> str:
+    """A difference of two definitions by the flag, or the recipe's key, that it comes from."""
+    key, mark, rest = text.partition(": ")
+    for name in variants:
+        if key.startswith(f"variants.{name}."):
+            return f"{key.removeprefix(f'variants.{name}.')} of {name}{mark}{rest}"
+        if key.startswith(f"rates.{name}"):
+            return f"--learning-rates of {name}{mark}{rest}"
+    return f"--{key.partition('[')[0]}{mark}{rest}"
 
 
 def choose_rate(study: Study, runs: Sequence[Run], better: Callable[[str], str]) -> float | None:

@@ -117,6 +117,7 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
         ResourceError: Not even the smallest candidate fits into memory, on one rank of a run: all of them raise it.
     """
     began = time.perf_counter()
+    stage.reporter.info("rehearsing: proofs of attention and the run's heaviest steps, before step 1")
     with stage.rolled_back():
         told: list[ResolvedPlan] = []
         if stage.runs_out(lambda: told.append(_tell_what_is_open(stage, plan))):

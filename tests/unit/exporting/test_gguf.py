@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lorafit.errors import ModelError, NumericsError
 from lorafit.exporting.architectures import Architecture, turn_heads
 from lorafit.exporting.export import export
 from lorafit.exporting.gguf_file import GgufTensor, check_gguf, write_gguf
+from lorafit.exporting.llama_cpp import sum_exactly
 from lorafit.exporting.vocabulary import require_rule
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.adapters import adapters
@@ -158,6 +160,18 @@ def test_linears_that_adalora_left_no_rank_are_left_out(tmp_path: Path) -> None:
     found = tensors(tmp_path / "a.gguf")
     assert len(found) == 26 and "blk.0.ffn_up.weight.lora_a" not in found
     assert {value.shape[0] for name, value in found.items() if name.endswith("lora_a")} == {3}
+
+
+def test_the_side_that_llama_cpp_is_held_to_rounds_no_sum(tmp_path: Path) -> None:
+    """Sums in fp32 moved the logits of a run by 1.2e-4, more than twice as far as llama.cpp's own roundings."""
+    model, _ = adapted(tmp_path)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        wanted, in_fp32 = exact(IDS, use_cache=False).logits, logits_of(model).double()
+        sum_exactly(model)
+        found = logits_of(model)
+    assert found.dtype == torch.float64 and model.dtype == torch.float32
+    assert float((found - wanted).norm()) < 0.5 * float((in_fp32 - wanted).norm())
 
 
 def test_a_plain_adapter_is_not_changed_by_a_bit(tmp_path: Path) -> None:

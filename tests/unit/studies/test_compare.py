@@ -19,6 +19,7 @@ from lorafit.errors import CheckpointError, ModelError, NumericsError, RecipeErr
 from lorafit.evaluation.rows import Row
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
+from lorafit.studies import running
 from lorafit.studies.compare import compare
 from lorafit.studies.compared import Compared
 from lorafit.studies.study import Record, plan_budget, seconds_left
@@ -207,18 +208,48 @@ def test_a_folder_that_holds_a_comparison_is_gone_on_with_only_where_asked_and_o
     ask(recipe, rates=1)
     with pytest.raises(UsageError, match="holds a comparison already"):
         ask(recipe, rates=1)
-    for change in (
-        {"rates": 2},
-        {"seeds": 4},
-        {"metric": "perplexity"},
-        {"over": ["adapter=lora,dora"]},
-        {"overrides": ["training.batch_size=2"]},
+    for change, said in (
+        (
+            {"rates": 2},
+            "--learning-rates of lora: [0.01] was changed to [0.00316, 0.0316], and --learning-rates of dora",
+        ),
+        ({"seeds": 4}, "--seeds: [0, 1, 2] was changed to [0, 1, 2, 3]"),
+        ({"metric": "perplexity"}, "--metric: loss was changed to perplexity"),
+        ({"over": ["adapter=lora,dora"]}, "--over"),
+        ({"overrides": ["training.batch_size=2"]}, "training.batch_size of lora: 4 was changed to 2"),
     ):
-        with pytest.raises(CheckpointError, match="would not be the same comparison"):
+        with pytest.raises(CheckpointError, match=re.escape(f"would not be the same comparison: {said}")):
             ask(recipe, **{"rates": 1, "resume": True, **change})
     with pytest.raises(CheckpointError, match=r"--over: it was [^{]*lora.* and is [^{]*lora, [^{]*dora now; change"):
         ask(recipe, rates=1, resume=True, over=["adapter=lora,dora"])
     assert len(pretended.trained) == 9
+
+
+def test_a_run_says_what_it_does_and_what_is_left_behind_it(
+    recipe: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading and rehearsing were silent for a minute and more."""
+    shown = list[dict[str, Any]]()
+
+    class Telling(Listener):
+        def advance(self, amount: int = 1, **fields: Any) -> None:
+            shown.append(fields)
+
+    def train(*arguments: Any, reporter: Any, **options: Any) -> Any:
+        for message in ("loading base (nf4)", "rehearsing: proofs", "micro-batches of 512 tokens"):
+            reporter.info(message)
+        with reporter.track(2, "training") as bar:
+            bar.advance(1, loss=1.0)
+        return pretended.train(*arguments, **options)
+
+    listener = Telling()
+    monkeypatch.setattr(running.pipeline, "train", train)
+    monkeypatch.setattr(running, "seconds_left", lambda done, runs: 60.0 * len(runs))
+    ask(recipe, rates=1, over=["adapter=lora,dora"], reporter=listener)
+    assert listener.infos.count("  loading base (nf4)") == listener.infos.count("  rehearsing: proofs") == 6
+    assert not any("micro-batches" in message for message in listener.infos)
+    later = [fields.get("later_runs") for fields in shown]
+    assert later == [None, None, "3:00", "2:00", "1:00", None] and all(fields["loss"] == 1.0 for fields in shown)
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(recipe: Path, pretended: Pretended) -> None:
