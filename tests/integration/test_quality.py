@@ -46,7 +46,8 @@ def test_all_of_them_stand_in_every_form_of_the_report(run):
         *("relevance_to_prompt", "relevance_to_reference", "relevance_margin", "stress"),
     }
     assert metrics["repeatability"]["tuned"] == metrics["repeatability"]["base"] == 1.0
-    assert metrics.pop("stress")["rows"] == len(PROMPTS)
+    assert metrics.pop("stress")["rows"] == len(PROMPTS) - 2  # which fill the tiny model's positions
+    assert found.to_json()["unscored"][0]["sentence"].startswith("stress: 2 of 54 rows left out")
     assert all(value["rows"] == 6 for value in metrics.values())
     (file,) = run.glob("report.set-*.json")
     tables = json.loads(file.read_text())["metric_tables"]

@@ -97,13 +97,13 @@ class Stress(ShareOfRows):
     """Prompts of its own whose answers have none of the faults."""
 
     name = "stress"
-    condition = "a row that asks for an answer, in whose form prompts can be asked"
+    condition = "a prompt that can be asked and leaves room for an answer"
     settings = f"{len(PROMPTS)} prompts of lorafit's; no answer is {', '.join(FAULTS)}"
     while_training = False
 
     def usable(self, row: RowScore) -> bool:
-        """Its own prompts, and no rows."""
-        return self.name in row.further
+        """Its own prompts, and no rows; those that fill the model's positions are nobody's fault."""
+        return self.name in row.further and _reply(row).ended != "no_room"
 
     def probes(self) -> Sequence[Question]:
         """All of them."""

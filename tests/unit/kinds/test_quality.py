@@ -201,6 +201,7 @@ def test_stress_is_the_share_of_prompts_without_a_fault_and_says_which_there_are
         reply = Reply(Question(category, "When do you open?"), text, text, ended)
         return RowScore(answer=text, prompt="When do you open?", further={"stress": (reply,)})
 
+    assert not metrics.get("stress").usable(row("long", "", "no_room"))
     base = [row("short", ""), row("short", "At nine.", "length"), row("long", "В девять.")]
     tuned = [row("short", "At nine."), row("short", ""), row("long", "В девять.")]
     assert values("stress", base) == {"stress": pytest.approx(1 / 3)}
