@@ -1,4 +1,4 @@
-"""Two, four and eight gloo ranks train the run of one process, and what befalls one of them all meet together."""
+"""Four gloo ranks (two and eight where slow tests run) train the run of one process, and what befalls one of them all meet together."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ class Trained:
         return [json.loads((self.root / f"{name}.{rank}").read_text()) for rank in range(self.ranks)]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
+    """Of four ranks some have more than others and some nothing; `tests/integration/test_two_ranks.py` has two."""
     root, count = tmp_path_factory.mktemp("ranks"), request.param
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
