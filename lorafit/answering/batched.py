@@ -263,9 +263,8 @@ class BatchedEngine:
         try:
             self._live()
         except BaseException as error:  # the model could not be prepared: nobody will be answered any more
-            with self._changed:
-                self.failed.set_exception(_as_ours(error))
-                self._end_all(_as_ours(error))
+            self.failed.set_exception(_as_ours(error))  # from here on nobody is let in
+            self._end_all(_as_ours(error))
 
     def _live(self) -> None:
         """Turn after turn; the model is prepared anew whenever its layers were changed."""

@@ -21,7 +21,7 @@ import torch
 
 from lorafit.answering.live_batch import READ_AT_ONCE_TOKENS
 from lorafit.answering.plain_generation import room_of
-from lorafit.errors import ModelError, QueueFull, UsageError
+from lorafit.errors import LorafitError, ModelError, QueueFull
 from lorafit.model.layer_numbers import layer_list
 from lorafit.ops.output_head import text_part
 
@@ -81,6 +81,7 @@ class StateReader:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[list[int], Future[torch.Tensor]]] = deque()
         self._is_ordered = False
+        engine.failed.add_done_callback(self._note_failure)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text that are looked at, behind one of nobody's."""
@@ -95,6 +96,7 @@ class StateReader:
         Raises:
             QueueFull: Too many wait already.
             UsageError: The engine is closed.
+            LorafitError: What made it fail.
         """
         done: Future[torch.Tensor] = Future()
         with self._lock:
@@ -104,10 +106,22 @@ class StateReader:
             self._waiting.append((ids, done))
             try:
                 self._order()
-            except UsageError:
+            except LorafitError:
                 self._waiting.pop()
                 raise
         return done
+
+    def _note_failure(self, failed: Future[None]) -> None:
+        with self._lock:
+            self._give_up(failed.exception())
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """Nobody is read any more."""
+        for _, done in self._waiting:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
+        self._waiting.clear()
+        self._is_ordered = False
 
     def read_all(self, texts: Sequence[str], advance: Callable[[int], None]) -> torch.Tensor:
         """The states of many texts, `[texts, width]`, while others are answered; `advance` is told of each batch."""
@@ -135,10 +149,8 @@ class StateReader:
             batch = [(ids, done) for ids, done in taken if done.set_running_or_notify_cancel()]
             try:
                 self._order()
-            except UsageError as error:  # the engine is closed
-                for _, done in self._waiting:
-                    done.set_exception(error)
-                self._waiting.clear()
+            except LorafitError as error:  # the engine is closed
+                self._give_up(error)
         try:
             states = mean_states(engine, [ids for ids, _ in batch]) if batch else ()
             for state, (_, done) in zip(states, batch, strict=True):

@@ -555,6 +555,8 @@ def test_with_a_key_only_who_has_it_is_answered(small: Server) -> None:
 
 
 def test_bounds_have_their_codes(small: Server) -> None:
+    import openai
+
     client = small.client
     client.headers["Authorization"] = "Bearer geheim"
     try:
@@ -572,6 +574,8 @@ def test_bounds_have_their_codes(small: Server) -> None:
         streamed = client.post(CHAT, json={**LONG, "stream": True})
         events = [line for line in streamed.text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[-2][6:])["error"]["code"] == "timeout" and events[-1] == "data: [DONE]"
+        with pytest.raises(openai.APIError, match="not answered within"):
+            list(small.openai("geheim").chat.completions.create(**LONG, stream=True))
         assert client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "run"}).status_code == 403
         assert client.post(CHAT, json={**ASK, "max_tokens": 1}).status_code == 200
     finally:

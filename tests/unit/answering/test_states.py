@@ -16,7 +16,7 @@ from lorafit.answering.engine import Engine
 from lorafit.answering.sampling import Sampling
 from lorafit.answering.states import StateReader, mean_states
 from lorafit.answering.ticket import LiveRequest
-from lorafit.errors import QueueFull, UsageError
+from lorafit.errors import LorafitError, QueueFull, UsageError
 from tests.unit.answering.test_engine import PROMPTS, adapter_folder
 from tests.unit.evaluation.conftest import build_llama
 
@@ -102,3 +102,25 @@ def test_a_closed_engine_says_so(live: BatchedEngine) -> None:
     live.close(finish=True)
     with pytest.raises(UsageError, match="closed"):
         reader.submit([1, 2])
+
+
+def test_an_engine_that_fails_leaves_no_state_awaited(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, held, go_on = StateReader(live), threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        held.set()
+        go_on.wait()
+        live._model_changed = True  # as a load does: the model is prepared anew
+
+    def fail(self: BatchedEngine) -> Any:
+        raise MemoryError
+
+    live.order(hold)
+    held.wait()
+    waits = reader.submit([5, 6])
+    monkeypatch.setattr(BatchedEngine, "_prepared", fail)
+    go_on.set()
+    with pytest.raises(LorafitError, match="out of memory"):
+        waits.result(20)
+    with pytest.raises(LorafitError, match="out of memory"):
+        reader.submit([5, 6])
