@@ -1,4 +1,4 @@
-"""Four gloo ranks (two and eight where slow tests run) train the run of one process, and what befalls one of them all meet together."""
+"""Four gloo ranks, and two and eight in slow tests, train the run of one process; what befalls one, all meet."""
 
 from __future__ import annotations
 
