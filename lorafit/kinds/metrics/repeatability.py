@@ -15,11 +15,14 @@ Hallucination Detection for Generative Large Language Models".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from statistics import mean
 
+from lorafit.contracts import ReportTable
 from lorafit.kinds.metrics import Metric, Question, RowScore, ShareOfRows, metrics
-from lorafit.kinds.metrics._reading import LIKENESS, likeness
+from lorafit.kinds.metrics._reading import LIKENESS, likeness, shorten
+
+_EXAMPLES, _LETTERS_BEFORE = 5, 30
 
 
 @metrics.register("repeatability")
@@ -43,6 +46,19 @@ class Repeatability(ShareOfRows):
     def holds(self, row: RowScore) -> bool:
         """The same text."""
         return all(reply.text == row.answer for reply in row.further[self.name])
+
+    def tables(self, base: Sequence[RowScore], tuned: Sequence[RowScore]) -> tuple[ReportTable, ...]:
+        """A few rows that got another answer alone, from shortly before the place where both part."""
+        lines = []
+        for model, rows in (("tuned", tuned), ("base", base)):
+            for row in [row for row in rows if not self.holds(row)][:_EXAMPLES]:
+                own, other = row.answer or "", row.further[self.name][0].text
+                alike = takewhile(lambda pair: pair[0] == pair[1], zip(own, other, strict=False))
+                start = max(0, sum(1 for _ in alike) - _LETTERS_BEFORE)
+                lines.append((model, shorten(row.prompt), shorten(own[start:]), shorten(other[start:])))
+        headings = ("model", "asked", "beside other rows", "alone")
+        title = "repeatability: answers that were others alone, from where they part"
+        return (ReportTable(self.name, title, headings, tuple(lines)),) if lines else ()
 
 
 @metrics.register("sampled_similarity")

@@ -33,6 +33,12 @@ def test_repeatability_is_the_share_of_rows_that_get_the_same_answer_alone():
     rows = [replied("repeatability", own, answer="at nine") for own in ("at nine", "at nine", "at nine ", "at ten")]
     assert values("repeatability", rows) == {"repeatability": 0.5}
     assert [question.alone for question in metrics.get("repeatability").questions(rows[0], 9)] == [True]
+    long = f"{'x' * 99} at "
+    parts = replied("repeatability", f"{long}ten", answer=f"{long}nine", prompt="When?")
+    (table,) = metrics.get("repeatability").tables(rows[:2], [*rows[:2], parts])
+    before = f"{'x' * 26} at "
+    assert table.lines == (("tuned", "When?", f"{before}nine", f"{before}ten"),)
+    assert metrics.get("repeatability").tables(rows[:2], rows[:2]) == ()
 
 
 def test_sampled_similarity_is_the_mean_over_pairs_of_draws():
