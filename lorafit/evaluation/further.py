@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lorafit.answering.generate import Answer
     from lorafit.contracts import GenerationRow, Reporter, Sample
 
+_OFTEN = 11
+"""So often a filler is written to see how many tokens it takes."""
+
 Reword = Callable[["Sample", str], list[int]]
 """Token ids of what asks for an answer, with other words in the place of what the user says last."""
 
@@ -68,8 +71,10 @@ class Asking:
         most = min(most, self.row_tokens) if question.room == "row" else most
         if not question.filler:
             return words
-        once, often = (len(self.reword(asked, question.filler * times + words)) for times in (1, 11))
-        return question.filler * max(1, 1 + 10 * (most - once) // max(often - once, 1)) + words
+        once, often = (len(self.reword(asked, question.filler * times + words)) for times in (1, _OFTEN))
+        is_cut = often == once  # an encoder's prompts are cut, however long they are
+        times = _OFTEN if is_cut else 1 + (_OFTEN - 1) * (most - once) // (often - once)
+        return question.filler * max(1, times) + words
 
 
 class _Asked(NamedTuple):

@@ -136,6 +136,12 @@ def test_prompts_of_a_metrics_own_are_asked_behind_the_first_rows_system_message
     assert [800 - 70 < length <= 800 for length in lengths[1:]] == [True, True]
 
 
+def test_prompts_that_are_cut_whatever_their_length_are_not_filled_without_end(asking):
+    question = Question("long", "?", filler="mug ", room="context")
+    cutting = replace(asking, reword=lambda asked, words: [0] * 8, context_tokens=100_000)
+    assert cutting.fill(Sample("rows.jsonl", 1, prompt="x"), question, 6) == f"{'mug ' * 11}?"
+
+
 def test_a_metrics_own_prompts_are_scored_instead_of_rows(tuned, tokenizer, asked, asking, monkeypatch):
     few = (Question("short", "a"), Question("empty", " "), Question("long", "?", filler="mug ", room="context"))
     monkeypatch.setattr(metrics.get("stress"), "probes", lambda: few)
