@@ -17,6 +17,7 @@ from lorafit.files.strict_json import parse_json
 from lorafit.serving.errors import ApiError
 
 _REMEMBERED_ANSWERS = 4_096
+_REMEMBERED_CHARACTERS = 64 << 20
 _NAME_ANOTHER = "name a file of ratings, or a new one"
 
 
@@ -36,7 +37,8 @@ class Feedback:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._answers: OrderedDict[str, list[JsonObject]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[int, list[JsonObject]]] = OrderedDict()
+        self._characters = 0
         self.ratings: dict[str, tuple[int, int]] = {}
         if file.exists() and not file.is_file():  # a device may have no end
             raise UsageError("is no file", file=str(file), key="--feedback", todo="name another one")
@@ -56,9 +58,11 @@ class Feedback:
 
     def remember(self, name: str, rows: Sequence[JsonObject]) -> None:
         """Keeps an answer that may be rated, a row for each choice; of too many the oldest is forgotten."""
-        self._answers[name] = list(rows)
-        if len(self._answers) > _REMEMBERED_ANSWERS:
-            self._answers.popitem(last=False)
+        size = sum(len(json.dumps(row, ensure_ascii=False)) for row in rows)
+        self._answers[name] = size, list(rows)
+        self._characters += size
+        while len(self._answers) > _REMEMBERED_ANSWERS or self._characters > _REMEMBERED_CHARACTERS:
+            self._characters -= self._answers.popitem(last=False)[1][0]
 
     def rate(self, name: str, choice: int, is_good: bool) -> JsonObject:
         """Writes a rating; an answer is rated once.
@@ -66,7 +70,7 @@ class Feedback:
         Raises:
             ApiError: The answer is not known, or not any more.
         """
-        rows = self._answers.get(name, [])
+        size, rows = self._answers.get(name, (0, []))
         if choice >= len(rows):
             raise ApiError(404, f"no answer '{name[:80]}' waits for its rating", param="id", code="answer_not_found")
         row = {**rows[choice], "label": is_good, "id": name}
@@ -77,6 +81,7 @@ class Feedback:
         except OSError as error:  # the answer waits on
             raise ApiError(500, f"the rating cannot be written: {(error.strerror or 'no file').lower()}") from error
         del self._answers[name]
+        self._characters -= size
         self._add(str(row["model"]), is_good)
         return row
 

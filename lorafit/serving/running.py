@@ -119,6 +119,7 @@ async def _run(app: ASGIApp, service: Service, bound: socket.socket, ready: Call
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="error",  # of what is no HTTP, or asks for WebSockets as Java's client does, it would warn each time
         access_log=False,
         lifespan="off",
         loop="asyncio",

@@ -84,7 +84,7 @@ class Served:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(running, "_PATIENCE_SECONDS", 0.15, raising=False)
+    monkeypatch.setattr(running, "_PATIENCE_SECONDS", 0.3, raising=False)
     monkeypatch.setattr(app_module, "_BODY_SECONDS", 0.3, raising=False)
     made = Served()
     yield made
@@ -132,14 +132,14 @@ def test_who_reads_nothing_is_cut_off(served: Served, path: str) -> None:
         if path == "/endless":
             assert served.left.wait(3)
         assert served.is_well()
-        time.sleep(0.6)
+        time.sleep(0.9)
         assert len(read_all(client)) < 40_000_000  # what the kernel had taken before
 
 
 def test_who_reads_slowly_gets_all(served: Served) -> None:
     with served.connect(b"GET /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as client:
         size = 0
-        while part := client.recv(1 << 22):
+        while part := client.recv(1 << 20):
             size += len(part)
             time.sleep(0.03)
         assert size > 40_000_000
@@ -166,3 +166,14 @@ def test_no_client_writes_lines_of_the_log_or_moves_its_cursor(served: Served) -
     with served.connect(b"GET /%1b[2J%0aPOST%20/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as client:
         assert read_all(client).endswith(b"fine")
     assert [line.rpartition(",")[0] for line in served.logged] == ["GET /�[2J�POST / 200"]
+
+
+def test_clients_that_ask_for_another_protocol_are_no_news(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Java's asks for HTTP/2 in every request."""
+    asked = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with served.connect(asked) as client:
+        assert read_all(client).endswith(b"fine")
+    with served.connect(b"\x16\x03\x01") as client:
+        client.sendall(b"\0" * 100 + b"\r\n\r\n")
+        assert read_all(client).startswith(b"HTTP/1.1 400 ")
+    assert caplog.records == []

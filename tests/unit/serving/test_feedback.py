@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafit.errors import DataError
+from lorafit.serving import feedback as feedback_module
 from lorafit.serving.errors import ApiError
 from lorafit.serving.feedback import Feedback
 
@@ -35,6 +36,19 @@ def test_a_rating_that_cannot_be_written_may_be_given_again(tmp_path: Path) -> N
     (tmp_path / "f").mkdir()
     feedback.rate("x", 0, is_good=True)
     assert feedback.ratings == {"a": (1, 1)}
+
+
+def test_of_many_or_long_answers_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback_module, "_REMEMBERED_CHARACTERS", 10_000)
+    feedback = Feedback(tmp_path / "ratings.jsonl")
+    for round_ in range(3):  # what was rated takes no room any more
+        for number in range(4):
+            feedback.remember(f"{round_} {number}", [{**ROW, "prompt": ["x" * 3_000]}])
+        with pytest.raises(ApiError, match="no answer"):
+            feedback.rate(f"{round_} 0", 0, is_good=True)
+        for number in (1, 2, 3):
+            feedback.rate(f"{round_} {number}", 0, is_good=True)
+    assert feedback._characters == 0
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
