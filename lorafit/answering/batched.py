@@ -263,8 +263,8 @@ class BatchedEngine:
         try:
             self._live()
         except BaseException as error:  # the model could not be prepared: nobody will be answered any more
-            self.failed.set_exception(_as_ours(error))  # from here on nobody is let in
-            self._end_all(_as_ours(error))
+            self.failed.set_exception(as_ours(error))  # from here on nobody is let in
+            self._end_all(as_ours(error))
 
     def _live(self) -> None:
         """Turn after turn; the model is prepared anew whenever its layers were changed."""
@@ -276,7 +276,7 @@ class BatchedEngine:
                     try:
                         goes_on = self._turn()
                     except Exception as error:  # nobody would be answered any more
-                        self._end_all(_as_ours(error))
+                        self._end_all(as_ours(error))
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -353,7 +353,7 @@ class BatchedEngine:
         except Exception as error:
             release_memory(self.engine.device)
             for row in rows[-1:] if is_out_of_memory(error) else rows:
-                row.end("error", _as_ours(error))
+                row.end("error", as_ours(error))
         self._stepped = time.monotonic()
         for row, before in zip(rows, written, strict=True):
             self._written_tokens[row.ticket.adapter] += (len(row.tokens) - before) * row.ticket.request.counts
@@ -382,7 +382,7 @@ class BatchedEngine:
             self._changed.notify_all()
 
 
-def _as_ours(error: BaseException) -> LorafitError:
+def as_ours(error: BaseException) -> LorafitError:
     """What a request is told of what went wrong."""
     if isinstance(error, LorafitError):
         return error

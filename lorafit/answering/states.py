@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.answering.batched import BatchedEngine, as_ours
 from lorafit.answering.live_batch import READ_AT_ONCE_TOKENS
 from lorafit.answering.plain_generation import room_of
 from lorafit.errors import LorafitError, ModelError, QueueFull
 from lorafit.model.layer_numbers import layer_list
 from lorafit.ops.output_head import text_part
+from lorafit.ops.process_memory import release_memory
 
 if TYPE_CHECKING:
-    from lorafit.answering.batched import BatchedEngine
     from lorafit.answering.engine import Engine
 
 LONGEST_TOKENS = 256
@@ -72,12 +73,15 @@ class StateReader:
 
     Args:
         engine: Its answers go on meanwhile: each turn reads no more tokens here than of a prompt.
+
+    Attributes:
+        longest: Tokens of a text that are looked at.
     """
 
     def __init__(self, engine: BatchedEngine) -> None:
         self._engine = engine
         self._tokenizer = copy.deepcopy(engine.engine.tokenizer)  # requests are rendered in another thread
-        self._longest = room_of(engine.engine.model, 1, LONGEST_TOKENS)
+        self.longest = room_of(engine.engine.model, 1, LONGEST_TOKENS)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[list[int], Future[torch.Tensor]]] = deque()
         self._is_ordered = False
@@ -87,7 +91,7 @@ class StateReader:
         """The tokens of a text that are looked at, behind one of nobody's."""
         first = next((i for i in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if i is not None), 0)
         with self._lock:
-            ids = self._tokenizer(text, add_special_tokens=False).input_ids[: self._longest]
+            ids = self._tokenizer(text, add_special_tokens=False).input_ids[: self.longest]
         return [first, *(ids or [first])]
 
     def submit(self, ids: list[int]) -> Future[torch.Tensor]:
@@ -156,8 +160,9 @@ class StateReader:
             for state, (_, done) in zip(states, batch, strict=True):
                 done.set_result(state)
         except Exception as error:  # raised again where the states are waited for
+            release_memory(engine.device)
             for _, done in batch:
-                done.set_exception(error)
+                done.set_exception(as_ours(error))
 
 
 def _batches(order: Sequence[int], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

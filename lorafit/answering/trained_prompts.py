@@ -13,10 +13,15 @@ from lorafit.machine.devices import read_device
 from lorafit.run.workspace import is_lone_adapter, open_run, recorded_start
 
 
-def read_prompts(folder: Path, reporter: Reporter) -> list[str]:
+def read_prompts(folder: Path, reporter: Reporter, *, draws: bool = True) -> list[str]:
     """The prompts of an adapter's folder or run.
 
     An adapter that lies in no run may have a copy of the run's prompts.json beside it.
+
+    Args:
+        folder: It.
+        reporter: Told what is read.
+        draws: Whether rows may be read again, for which files that a recipe names are opened, and the hub is asked.
 
     Raises:
         ModelError: There are none, or they cannot be had any more.
@@ -24,10 +29,11 @@ def read_prompts(folder: Path, reporter: Reporter) -> list[str]:
     lone = is_lone_adapter(folder)
     file = folder / RunDir(folder).prompts.name if lone else open_run(folder).run.prompts
     if not file.is_file():
-        if not lone:
+        if not lone and draws:
             return _draw_again(folder, reporter)
         todo = f"put {file.name} of its run beside it, or serve the run"
-        raise ModelError("has no training prompts, since it lies in no run", file=str(folder), todo=todo)
+        what = f"has no training prompts, since {'it lies in no run' if lone else 'an earlier lorafit trained it'}"
+        raise ModelError(what, file=str(folder), todo=todo if lone else "start the server with it, or train again")
     prompts = read_object(file).get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(text, str) and text.strip() for text in prompts):
         raise ModelError("holds no list of prompts", file=str(file), key="prompts", todo="restore the file")

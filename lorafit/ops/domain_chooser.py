@@ -70,27 +70,28 @@ def fit_domains(states: Mapping[str, torch.Tensor], background: torch.Tensor, sh
     """
     names, parts = tuple(states), [*states.values(), background]
     rows = torch.cat(parts).double()
-    classes = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
-    generator = torch.Generator().manual_seed(0)
-    folds = torch.cat([torch.randperm(len(part), generator=generator) % _FOLDS for part in parts])
-    known = torch.empty(len(rows), len(names), dtype=torch.float64)
-    for fold in range(_FOLDS):
-        fit = _fit(rows[folds != fold], classes[folds != fold], len(parts))
-        known[folds == fold] = rows[folds == fold] @ fit.weight.t() + fit.bias
-    fit = _fit(rows, classes, len(parts))
-    own = {name: known[classes == number, number].float().sort().values for number, name in enumerate(names)}
-    empty = torch.empty(0)
-    return DomainChooser(names, fit.weight.float(), fit.bias.float(), empty, own).with_share(share)
-
-
-def _fit(rows: torch.Tensor, classes: torch.Tensor, count: int) -> Fit:
-    """Log-odds of each class but the last to the last, as functions of plain states."""
     mean, scale = rows.mean(0), rows.std(0).clamp(min=_LEAST_SCALE)
     standard = (rows - mean) / scale
     axes = torch.linalg.svd(standard, full_matrices=False).Vh[:_MOST_AXES].t()
-    fit = regress(Rows(standard @ axes, torch.eye(count, dtype=rows.dtype)[classes]), _STRENGTH)
-    weight = (fit.weight[:-1] - fit.weight[-1:]) @ axes.t() / scale
-    return Fit(weight, fit.bias[:-1] - fit.bias[-1] - weight @ mean)
+    classes = torch.eye(len(parts), dtype=rows.dtype).repeat_interleave(torch.tensor([*map(len, parts)]), dim=0)
+    seen = Rows(standard @ axes, classes)
+    generator = torch.Generator().manual_seed(0)
+    folds = torch.cat([torch.randperm(len(part), generator=generator) % _FOLDS for part in parts])
+    known = torch.empty(len(rows), len(names), dtype=rows.dtype)
+    for fold in range(_FOLDS):
+        fit = _fit(Rows(*(part[folds != fold] for part in seen)))
+        known[folds == fold] = seen.states[folds == fold] @ fit.weight.t() + fit.bias
+    fit = _fit(seen)
+    weight = fit.weight @ axes.t() / scale
+    bias = fit.bias - weight @ mean
+    own = {name: known[classes[:, number] > 0, number].float().sort().values for number, name in enumerate(names)}
+    return DomainChooser(names, weight.float(), bias.float(), torch.empty(0), own).with_share(share)
+
+
+def _fit(rows: Rows) -> Fit:
+    """Log-odds of each class but the last to the last."""
+    fit = regress(rows, _STRENGTH)
+    return Fit(fit.weight[:-1] - fit.weight[-1:], fit.bias[:-1] - fit.bias[-1])
 
 
 def drift_of(seen: Sequence[float], known: torch.Tensor) -> float:

@@ -133,7 +133,9 @@ class Catalog:
             self._add(name, answerer)
         self.split, self.router = split, router
         if router is not None:
-            router.learn({served.name: Path(served.root) for served in self.all() if served.adapter is not None})
+            router.learn(
+                {served.name: Path(served.root) for served in self.all() if served.adapter is not None}, draws=True
+            )
             router.require_known()
         self._names = {SPLIT_NAME} if split is not None else set()
         self._names |= {AUTO_NAME} if self._routes else set()
@@ -196,7 +198,7 @@ class Catalog:
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
             served = self._add(name, open_on_base(folder, self._base, self._known, self._reporter))
             if self.router is not None:
-                self.router.learn({name: Path(served.root)})
+                self.router.learn({name: Path(served.root)}, draws=False)  # not for a client
             return served
 
     def unload(self, name: str) -> None:

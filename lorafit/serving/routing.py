@@ -65,12 +65,15 @@ class Router:
         """The adapters that it knows."""
         return tuple(self._states)
 
-    def learn(self, folders: Mapping[str, Path]) -> None:
-        """Knows more adapters, by their folders, while others are answered; warns of those that have no prompts."""
+    def learn(self, folders: Mapping[str, Path], *, draws: bool) -> None:
+        """Knows more adapters, by their folders, while others are answered; warns of those that have no prompts.
+
+        `draws`: see `read_prompts`.
+        """
         began, prompts = time.perf_counter(), dict[str, list[str]]()
         for name, folder in folders.items():
             try:
-                prompts[name] = read_prompts(folder, self._reporter)
+                prompts[name] = read_prompts(folder, self._reporter, draws=draws)
                 if len(prompts[name]) < LEAST_STATES:
                     what = f"{counted(len(prompts.pop(name)), 'training prompt')} say too little"
                     raise ModelError(what, todo=f"name the adapter in requests; it takes {LEAST_STATES}")
@@ -154,7 +157,7 @@ class Router:
     async def _look(self, adapter: str, text: str) -> None:
         try:
             state = await self._state(text)
-        except LorafitError:  # it was a look in passing
+        except LorafitError:  # of a look in passing
             return
         if self._chooser is not None:
             self._see(self._chooser, adapter, state)

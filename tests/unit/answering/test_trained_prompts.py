@@ -36,6 +36,8 @@ def test_an_earlier_run_has_them_drawn_again_unless_its_rows_changed(run: Path, 
     shutil.copytree(run.parent, tmp_path / "w")
     old = tmp_path / "w" / "run"
     (old / "prompts.json").unlink()
+    with pytest.raises(ModelError, match="an earlier lorafit trained it"):
+        read_prompts(old, Silent(), draws=False)
     assert read_prompts(old, Silent()) == QUESTIONS
     write_rows(old.parent / "train.jsonl", make_rows(24, first=1))
     with pytest.raises(ModelError, match="rows are others than it was trained on"):
