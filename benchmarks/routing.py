@@ -4,8 +4,8 @@
                                  [--other mbpp=ROWS ...] [--limit 100] [--share 0.95] [--lengths 16 64 256 1024]
                                  [--repeats 9] [--picture FILE.svg]
 
-ROWS are JSON lines; what each asks is read from `question`, `prompt`, `instruction` with `input`, `text`, `source` or
-the first turn of the user. Of more than `--limit` rows some are drawn. Printed are
+ROWS are JSON lines; what each asks is read from `question`, `prompt`, `instruction` with `input`, `text`, `source`,
+`document` or the first turn of the user. Of more than `--limit` rows some are drawn. Printed are
 
     who gets what       by set of rows: the share of each adapter and of the base, and how far it has drifted from each
     abstention          by `--route`: right among held-out prompts of the adapters, and the others that go to the base
@@ -42,10 +42,12 @@ from lorafit.ops.domain_chooser import DomainChooser, drift_of, fit_domains
 from lorafit.serving.routing import read_background
 from lorafit.studies.plot import INK, svg_text
 
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99, 0.995)
-FIELDS = ("question", "prompt", "text", "source")
+SHARES = (0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99)
+FIELDS = ("question", "prompt", "text", "source", "document")
 TOGETHER = 8
 COLOURS = ("#1f6f8b", "#b0532f", "#5b8c3a", "#7a4fa3", "#c79a1b", "#444444", "#c04a7a", "#3a8c8c", "#8a6d3b", "#999999")
+DASHES = ("none", "5 3")
+"""The second of a second round of the colours."""
 
 
 def asked(row: JsonObject) -> str:
@@ -59,7 +61,8 @@ def asked(row: JsonObject) -> str:
 
 def read_texts(file: Path, limit: int) -> list[str]:
     """What at most so many rows of a file ask."""
-    texts = [asked(json.loads(line))[:LONGEST_PROMPT] for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").strip().split("\n")  # a text may hold other ends of a line
+    texts = [asked(json.loads(line))[:LONGEST_PROMPT] for line in lines]
     return random.Random(0).sample(texts, min(limit, len(texts)))
 
 
@@ -124,9 +127,10 @@ def draw(own: Sequence[str], columns: Mapping[str, list[float]]) -> str:
     parts.append(svg_text(left + size / 2, top + size + 36, "held-out prompts that get their adapter (mean)", "middle"))
     for number, name in enumerate(name for name in columns if name not in own):
         ink, height = COLOURS[number % len(COLOURS)], top + 12 + 16 * number
+        line = f'fill="none" stroke="{ink}" stroke-dasharray="{DASHES[number // len(COLOURS) % len(DASHES)]}"'
         points = "L".join(at(x, y) for x, y in zip(right, columns[name], strict=True))
-        parts.append(f'<path d="M{points}" fill="none" stroke="{ink}" stroke-width="1.6"/>')
-        parts.append(f'<path d="M{left + size + 16} {height - 4}h18" stroke="{ink}" stroke-width="3"/>')
+        parts.append(f'<path d="M{points}" {line} stroke-width="1.6"/>')
+        parts.append(f'<path d="M{left + size + 16} {height - 4}h18" {line} stroke-width="3"/>')
         parts.append(svg_text(left + size + 40, height, name))
     box = f'width="{left + size + 160}" height="{top + size + 50}"'
     body = "\n".join(parts)

@@ -41,7 +41,7 @@ def serve(
         ab_split: Who answers for the model `split`, by shares of users, `{"a": 0.9, "b": 0.1}`; nobody where None.
         feedback: Take ratings, and add them to this file as rows to train on.
         route: Serve the model `auto`, an adapter chosen by the prompt, else the base: each adapter gets about this
-            share of what is like its training prompts, e.g. 0.95; nobody is called so where None.
+            share of what is like its training prompts, e.g. 0.9; nobody is called so where None.
         drift: Whether /metrics tells how far the prompts of each adapter are from those it was trained on.
         checkpoint: Of a run: `best`, `last` or a step; the saved adapter where None.
         base_model: Of a run or an adapter: folder or hub id of its base, where it is not found by itself.

@@ -107,7 +107,7 @@ _HELP = {
     "feedback": ("FILE", "Take ratings, and add them to this file as rows to train on."),
     "route": (
         "SHARE",
-        "Serve the model `auto`: the prompt decides who answers. An adapter gets such a share of its own, say 0.95.",
+        "Serve the model `auto`: the prompt decides who answers. An adapter gets such a share of its own, say 0.9.",
     ),
     "drift": ("", "Tell in /metrics how far the prompts of each adapter are from those it was trained on."),
     "host": ("ADDRESS", "Where it listens. Other than this machine's own: LORAFIT_API_KEY must be set."),

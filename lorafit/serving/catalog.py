@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lorafit.serving.routing import Router
 
 
-_UNROUTED = f"'{AUTO_NAME}' chooses an adapter by the prompt, on a server that was started with --route 0.95"
+_UNROUTED = f"'{AUTO_NAME}' chooses an adapter by the prompt, on a server that was started with --route 0.9"
 
 
 @dataclass(frozen=True)
