@@ -22,6 +22,7 @@ import torch
 from lorafit.answering.batched import BatchedEngine, as_ours
 from lorafit.answering.live_batch import READ_AT_ONCE_TOKENS
 from lorafit.answering.plain_generation import room_of
+from lorafit.data.prompt_texts import LONGEST_PROMPT
 from lorafit.errors import LorafitError, ModelError, QueueFull
 from lorafit.model.layer_numbers import layer_list
 from lorafit.ops.output_head import text_part
@@ -82,7 +83,7 @@ class StateReader:
         self._engine = engine
         self._tokenizer = copy.deepcopy(engine.engine.tokenizer)  # requests are rendered in another thread
         self.longest = room_of(engine.engine.model, 1, LONGEST_TOKENS)
-        self._lock = threading.Lock()
+        self._lock, self._tokenizes = threading.Lock(), threading.Lock()
         self._waiting: deque[tuple[list[int], Future[torch.Tensor]]] = deque()
         self._is_ordered = False
         engine.failed.add_done_callback(self._note_failure)
@@ -90,8 +91,8 @@ class StateReader:
     def ids(self, text: str) -> list[int]:
         """The tokens of a text that are looked at, behind one of nobody's."""
         first = next((i for i in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if i is not None), 0)
-        with self._lock:
-            ids = self._tokenizer(text, add_special_tokens=False).input_ids[: self.longest]
+        with self._tokenizes:  # not the other one: the engine would wait for it
+            ids = self._tokenizer(text[:LONGEST_PROMPT], add_special_tokens=False).input_ids[: self.longest]
         return [first, *(ids or [first])]
 
     def submit(self, ids: list[int]) -> Future[torch.Tensor]:

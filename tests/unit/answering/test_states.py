@@ -39,6 +39,29 @@ def test_a_state_is_the_mean_of_the_lowest_third_of_the_base(live: BatchedEngine
     torch.testing.assert_close(live.between_steps(lambda engine: mean_states(engine, [ids]))[0], expected)
 
 
+def test_of_a_long_text_the_beginning_is_looked_at(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "LONGEST_PROMPT", 30)
+    reader, seen = StateReader(live), list[int]()
+    tokenizer = reader._tokenizer
+    monkeypatch.setattr(reader, "_tokenizer", Counting(tokenizer, seen))
+    assert reader.ids("z" * 10_000) == reader.ids("z" * 30)
+    assert seen == [30, 30]
+    reader.longest = 4
+    assert len(reader.ids("a b c d e f g h")) == 1 + 4
+
+
+class Counting:
+    """A tokenizer that notes the length of what it is given."""
+
+    def __init__(self, tokenizer: Any, seen: list[int]) -> None:
+        self._tokenizer, self._seen = tokenizer, seen
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self._seen.append(len(text))
+        return self._tokenizer(text, **options)
+
+
 def test_states_are_the_same_beside_others(live: BatchedEngine) -> None:
     reader = StateReader(live)
     alone = [
