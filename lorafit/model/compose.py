@@ -223,10 +223,8 @@ def compose_layers(
     for path in paths_of(parts):
         if is_dense:
             update = _dense(parts, recipe, path, changes or {})
-            kept, error = Product.closest_to(update, recipe.rank if isinstance(recipe.rank, int) else most)
+            kept, error = Product.closest_to(update, recipe.rank or most)
             norm = float(update.norm())
-            if isinstance(recipe.rank, float):
-                kept, error = _within(kept, recipe.rank, error, norm)
         else:
             kept, error, norm = _summed(parts, recipe, path)
         yield path, kept, LayerError(path, error, norm)
@@ -248,13 +246,6 @@ def _summed(parts: Sequence[Part], recipe: Recipe, path: str) -> tuple[Product, 
     if rank >= whole.rank:
         return whole, 0.0, whole.norm
     return *whole.closest(rank), whole.norm
-
-
-def _within(kept: Product, share: float, error: float, norm: float) -> tuple[Product, float]:
-    """The smallest rank of what is kept already that leaves out no more than a share of the whole."""
-    room = max((share * norm) ** 2 - error**2, 0.0) ** 0.5
-    smaller, more = kept.closest(kept.rank_within(room / kept.norm if kept.norm else 0.0))
-    return smaller, (error**2 + more**2) ** 0.5
 
 
 def _dense(parts: Sequence[Part], recipe: Recipe, path: str, changes: Mapping[str, BaseChanges]) -> torch.Tensor:

@@ -175,6 +175,16 @@ def test_a_rank_is_the_closest_and_its_error_eckart_and_youngs(world: World, tmp
     assert found.rank == 5 and "layers that lose most" in str(found) and "rank 5, " in str(found)
 
 
+def test_a_share_of_ties_takes_the_ranks_that_it_needs(world: World, tmp_path: Path) -> None:
+    """Its result is of full rank: with no more than the ranks of all adapters together it left out more than asked."""
+    folders = {name: world.folders[name] for name in ("plain", "stable")}
+    ask: dict[str, Any] = {"adapters": folders, "method": "ties", "density": 0.4, "quiet": True}
+    usual = lorafit.compose("plain + stable", output=tmp_path / "usual", **ask)
+    found = lorafit.compose("plain + stable", output=tmp_path / "share", rank="5%", **ask)
+    pairs = zip(found.errors, usual.errors, strict=True)
+    assert found.rank > usual.rank and all(error.share <= 0.05 < was.share for error, was in pairs)
+
+
 def test_a_share_gives_each_layer_the_smallest_rank_that_keeps_it(world: World, tmp_path: Path) -> None:
     found = lorafit.compose(
         "plain + few", adapters=world.folders, output=tmp_path / "small", rank="20%", patterns=True, quiet=True
