@@ -178,8 +178,8 @@ def open_asking(opened: OpenedRun, job: Job, reporter: Reporter) -> Asking:
     positions = read_settings(job.base.config).get_text_config()
     return Asking(
         job.renderer.reword,
-        evaluation.repeats,
-        evaluation.repeat_temperature,
+        evaluation.draws,
+        evaluation.draw_temperature,
         job.recipe.seed,
         encoder,
         row_tokens=job.recipe.data.max_length,

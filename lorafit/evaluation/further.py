@@ -49,8 +49,8 @@ class Asking:
 
     Attributes:
         reword: `Renderer.reword`.
-        repeats: `evaluation.repeats`.
-        temperature: `evaluation.repeat_temperature`.
+        draws: `evaluation.draws`.
+        temperature: `evaluation.draw_temperature`.
         seed: Of the draws.
         encoder: By which metrics compare texts; None: by their letters.
         row_tokens: Of the longest row.
@@ -58,7 +58,7 @@ class Asking:
     """
 
     reword: Reword
-    repeats: int
+    draws: int
     temperature: float
     seed: int = 0
     encoder: Embeds | None = None
@@ -130,7 +130,7 @@ class FurtherQuestions:
             probe = as_asked(RowScore(answer=""), row)
             for name in metric_names if not row.is_inner else ():
                 metric = metrics.get(name)
-                questions = metric.questions(probe, asking.repeats) if metric.usable(probe) else ()
+                questions = metric.questions(probe, asking.draws) if metric.usable(probe) else ()
                 found += [_Asked(number, name, each, _prompt_of(row, each, asking)) for each in questions]
         for opening in [_opening(row.asked) for row in like[:1] if row.asked is not None]:
             for metric_name, each in ((name, each) for name in metric_names for each in metrics.get(name).probes()):
@@ -176,7 +176,7 @@ class FurtherQuestions:
                 adapter,
                 drawn if each.question.draw else self.sampling,
                 tuple(stop_ids),
-                row=each.row * self.asking.repeats + each.question.draw,
+                row=each.row * self.asking.draws + each.question.draw,
                 pictures=self.rows[each.row].pictures if each.row < len(self.rows) else (),
             )
             for each in self.asked

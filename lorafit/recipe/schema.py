@@ -314,9 +314,9 @@ class EvaluationSection(Section):
     """Stop when a metric no longer improves."""
     on_plateau: PlateauSection | None = None
     """Lower the learning rate when the metric no longer improves, which is that of `early_stopping`, or the loss."""
-    repeats: int = Field(default=4, ge=2, le=100)
+    draws: int = Field(default=4, ge=2, le=100)
     """Answers that are drawn for each row where a metric compares an answer with itself (sampled_similarity)."""
-    repeat_temperature: float = Field(default=0.7, gt=0.0, le=10.0)
+    draw_temperature: float = Field(default=0.7, gt=0.0, le=10.0)
     """Temperature of those draws."""
     encoder: Word | None = Field(default=None, json_schema_extra=PATH)
     """Folder of a sentence encoder such as all-MiniLM-L6-v2, by which metrics compare texts; null: by their letters."""

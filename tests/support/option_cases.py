@@ -363,8 +363,8 @@ def evaluation_cases(world: OptionWorld) -> dict[str, Case]:
         "evaluation.num_beams": Case((1, 4), asked("num_beams")),
         "evaluation.length_penalty": Case((-9.0, 9.0), partial(tokens_of_answers, world, "length_penalty")),
         "evaluation.no_repeat_ngram_size": Case((0, 1), asked("no_repeat_ngram_size")),
-        "evaluation.repeats": Case((2, 3), asked("repeats", DRAWN)),
-        "evaluation.repeat_temperature": Case((0.1, 5.0), asked("repeat_temperature", DRAWN)),
+        "evaluation.draws": Case((2, 3), asked("draws", DRAWN)),
+        "evaluation.draw_temperature": Case((0.1, 5.0), asked("draw_temperature", DRAWN)),
         "evaluation.encoder": Case((None, str(world.root / "encoder")), asked("encoder", DRAWN), ("nowhere",)),
         "evaluation.answered_rows": Case((1, 4), of_run(world, "evaluation.answered_rows", evaluation_lines, chrf)),
         "evaluation.early_stopping": Case(

@@ -42,7 +42,7 @@ class Question:
     Attributes:
         name: In which way the row is asked again, for people.
         words: What the user says in the place of the row's last words; None: the prompt is as it is.
-        draw: Number of a draw, from 1, at `evaluation.repeat_temperature`; 0: the answer is made as the row's own.
+        draw: Number of a draw, from 1, at `evaluation.draw_temperature`; 0: the answer is made as the row's own.
         alone: Whether it is written in a batch of its own, rather than beside others.
         trap: What an answer must not consist of; empty where there is no such thing.
         filler: Stands before the words, as often as there is room.
@@ -168,12 +168,12 @@ class Metric(ABC):
         """Which program and settings computed it, so that others can compare."""
         return self.settings
 
-    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+    def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """What else a usable row is asked.
 
         Args:
             row: Without an answer yet.
-            repeats: `evaluation.repeats`.
+            draws: `evaluation.draws`.
         """
         return ()
 

@@ -28,6 +28,6 @@ class ParaphraseConsistency(Consistency):
         """Rows that name paraphrases, end in words of the user and got an answer."""
         return row.answer is not None and bool(row.paraphrases and row.prompt)
 
-    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+    def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """Each paraphrase."""
         return [Question("paraphrase", words) for words in row.paraphrases]

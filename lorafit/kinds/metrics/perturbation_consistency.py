@@ -73,7 +73,7 @@ class PerturbationConsistency(Consistency):
         """Rows that end in words of the user and got an answer."""
         return row.answer is not None and bool(row.prompt.strip())
 
-    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+    def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """Each perturbation that changes the words."""
         changed = {name: perturb(row.prompt) for name, perturb in PERTURBATIONS.items()}
         return [Question(name, words) for name, words in changed.items() if words != row.prompt]

@@ -1,7 +1,7 @@
 """Whether a prompt that is asked again gets the same answer: greedily in another batch, and drawn at a temperature.
 
     repeatability        share of rows whose answer, written alone, equals the one written beside other rows
-    sampled_similarity   mean likeness of the pairs among `evaluation.repeats` answers drawn at `repeat_temperature`
+    sampled_similarity   mean likeness of the pairs among `evaluation.draws` answers drawn at `draw_temperature`
 
 Greedy answers are a function of the prompt, so that the first is 1.0 but for rounding: in bf16 and NF4 the shape of a
 batch decides the last bits of logits, and two tokens that are all but equally likely can change places. The second says
@@ -39,7 +39,7 @@ class Repeatability(ShareOfRows):
         """Rows that got an answer."""
         return row.answer is not None
 
-    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+    def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """The same in a batch of its own."""
         return (Question("alone", alone=True),)
 
@@ -76,9 +76,9 @@ class SampledSimilarity(Metric):
         """Rows that got an answer."""
         return row.answer is not None
 
-    def questions(self, row: RowScore, repeats: int) -> Sequence[Question]:
+    def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """So many draws."""
-        return [Question(f"draw {draw}", draw=draw) for draw in range(1, repeats + 1)]
+        return [Question(f"draw {draw}", draw=draw) for draw in range(1, draws + 1)]
 
     def texts(self, row: RowScore) -> Sequence[str]:
         """The draws."""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 _LENGTHS, _SEARCH = ("max_new_tokens", "min_new_tokens"), ("num_beams", "length_penalty", "no_repeat_ngram_size")
-_AGAIN = ("repeats", "repeat_temperature", "encoder")
+_AGAIN = ("draws", "draw_temperature", "encoder")
 WRITES_NONE: Mapping[str, str] = {
     f"evaluation.{option}": "writes no answers" for option in (*_LENGTHS, *_SEARCH, *_AGAIN, "answered_rows")
 }

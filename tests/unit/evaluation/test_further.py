@@ -43,7 +43,7 @@ def asked(make_rows):
 
 @pytest.fixture
 def asking(tokenizer):
-    return Asking(lambda asked, words: list(tokenizer(words)["input_ids"]), repeats=3, temperature=1.5, seed=7)
+    return Asking(lambda asked, words: list(tokenizer(words)["input_ids"]), draws=3, temperature=1.5, seed=7)
 
 
 def run(model, tokenizer, asked, names, asking, reporter=None):
@@ -90,7 +90,7 @@ def test_draws_differ_from_each_other_and_come_again(tuned, tokenizer, asked, as
     assert [len(set(of_row)) for of_row in draws] == [3] * 3
     assert len({of_row[0] for of_row in draws}) == 3
     assert draws == [[reply.text for reply in row.tuned.further["sampled_similarity"]] for row in second.rows]
-    other = run(tuned, tokenizer, asked, ["sampled_similarity"], replace(asking, seed=8, repeats=2))
+    other = run(tuned, tokenizer, asked, ["sampled_similarity"], replace(asking, seed=8, draws=2))
     again = [[reply.text for reply in row.tuned.further["sampled_similarity"]] for row in other.rows]
     assert again != [of_row[:2] for of_row in draws]
     value = next(line.tuned for line in first.comparisons)

@@ -71,6 +71,8 @@ OTHER |= {
     "length_penalty": "0.5",
     "no_repeat_ngram_size": "3",
     "answered_rows": "9",
+    "draws": "3",
+    "draw_temperature": "0.5",
 }
 
 
