@@ -163,10 +163,10 @@ def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kin
         "resid_pdrop": 0.0,
         "attn_pdrop": 0.0,
     }
-    question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=quantization)
+    question = ask(config, tmp_path, device_kind=device_kind, tokens=512, model__quantization=quantization)
     within = 0.05 if "lama" in model or "Qwen" in model else 0.10
     for checkpointing, dry in exact_each(question, config).items():
-        assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=within)
+        assert question.at(ROWS * 512, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=within)
 
 
 @pytest.mark.parametrize(
