@@ -33,6 +33,7 @@ READ_LATE = {  # variables that no library reads while it is imported
     *(
         "LORAFIT_CACHE",
         "LORAFIT_API_KEY",
+        "PROMPT_TOOLKIT_NO_CPR",
         "TORCHINDUCTOR_CACHE_DIR",
         "COLUMNS",
         "LINES",
