@@ -124,7 +124,7 @@ async def ask(client: httpx.AsyncClient, model: str, question: str, tokens: int)
                 first = first or time.perf_counter() - began
                 for choice in part["choices"]:
                     text += choice["delta"].get("content", "")
-                written = part.get("usage", {}).get("completion_tokens", written)
+                written = (part["usage"] or {}).get("completion_tokens", written)
     return text, written, first, time.perf_counter() - began
 
 

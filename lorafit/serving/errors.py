@@ -81,6 +81,8 @@ def as_api_error(error: Exception, *, param: str | None = None) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RecursionError):  # of what a client has nested: nothing else here goes so deep
+        return unreadable()
     if isinstance(error, QueueFull):
         return ApiError(429, error.one_line, code="rate_limit_exceeded", retry_seconds=_RETRY_SECONDS)
     if isinstance(error, _USERS):

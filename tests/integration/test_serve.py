@@ -205,6 +205,11 @@ def test_health_is_no_answer_and_metrics_count(server: Server) -> None:
     assert server.metric("num_requests_running") == 0
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists within each other."""
+    return [nested(depth - 1)] if depth else []
+
+
 CHAT = "/v1/chat/completions"
 ASK = {"model": "base", "messages": [{"role": "user", "content": "q"}]}
 LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for ever
@@ -216,6 +221,7 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         (CHAT, "{", 400, "no JSON"),
         (CHAT, b'{"model": "\xff"}', 400, "no JSON in UTF-8"),
         (CHAT, "[" * 100_000, 400, "nested too deeply"),
+        (CHAT, {**ASK, "messages": [{"role": "user", "content": "q", "x": nested(700)}]}, 400, "nested too deeply"),
         (CHAT, "", 400, "empty"),
         (CHAT, "[]", 400, "no JSON object"),
         (CHAT, {"model": "base"}, 400, "messages: is missing"),
