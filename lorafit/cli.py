@@ -295,7 +295,7 @@ _add_command(
 _add_command(
     "export",
     "A trained adapter for PEFT, llama.cpp, Ollama, vLLM or the hub.",
-    "run to output checkpoint base_model base dtype from_base repo private license dry_run verify",
+    "run to output checkpoint base_model base_id base dtype from_base repo private license dry_run verify",
     _export,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)

@@ -239,6 +239,7 @@ def export(
     output: StrPath | None = None,
     checkpoint: str | int | None = None,
     base_model: StrPath | None = None,
+    base_id: str | None = None,
     base: str | None = None,
     dtype: str | None = None,
     from_base: str | None = None,
@@ -257,6 +258,7 @@ def export(
         output: The file or folder instead of one beside the run.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
         base_model: Folder or hub id of the base, where it is not found by itself.
+        base_id: peft, vllm, hub: the base's hub id where the run did not have it from the hub; nothing is compared.
         base: gguf, ollama: `dequantized` or `original`, as for `merge`.
         dtype: gguf, ollama: `f32`, `f16`, `bf16` or `q8_0` for matrices; f16 where None.
         from_base: ollama: put the adapter on this model of Ollama's or GGUF file, and merge nothing.

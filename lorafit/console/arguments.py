@@ -125,6 +125,7 @@ ARGUMENTS = {
     "to": Argument("the name of a target", (str,)),
     "dtype": Argument('"f32", "f16", "bf16" or "q8_0"', (str,)),
     "from_base": Argument("a model of Ollama's, or a GGUF file", (str,)),
+    "base_id": Argument("a model of the hub, OWNER/NAME", (str,)),
     "repo": Argument("a repository, OWNER/NAME", (str,)),
     "license": Argument("the hub's name of a licence", (str,)),
     "gpu": _CARD,

@@ -133,6 +133,9 @@ def _command_line_error(error: Exception) -> UsageError | None:
     todo = None if "did you mean" in text else f"see {command} --help"
     if (extra := _EXTRA_WORD.search(text)) is not None and (advice := _on_extra_words(extra[1], extra[2], context)):
         todo = f"{advice}, or {todo}"
+    lacking, example = getattr(error, "param", None), getattr(getattr(error, "param", None), "metavar", None)
+    if text.startswith("Missing option") and lacking is not None and example:
+        todo = f"add {lacking.opts[0]} {example}; {todo}"
     words = () if context is None else context.command.params
     if text.startswith("No such option: -") and any(one.name == "expression" for one in words):
         todo = f'a sum that begins with a minus needs parentheses, e.g. "(-a) + b"; {todo}' if todo else None

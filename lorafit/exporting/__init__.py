@@ -6,6 +6,7 @@ source ──> targets.py ──> one file a target       peft, gguf, gguf_lora,
              gguf_file         weights, streamed into a GGUF file and read back
              vocabulary        the tokenizer in it
              go_template       a chat template as Ollama's
+             readme            its base, and lines that ask it
              model_card        what the hub shows
              llama_cpp         logits of llama.cpp beside lorafit's
 """

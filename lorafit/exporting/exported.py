@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from lorafit.contracts import JsonObject
 if TYPE_CHECKING:
     from rich.console import Console
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""What the hub calls one: OWNER/NAME."""
 _MEBIBYTE = 1 << 20
 
 
@@ -29,6 +32,7 @@ class Wish:
     output: Path | None = None
     checkpoint: str | None = None
     base_model: str | None = None
+    base_id: str | None = None
     base: str | None = None
     dtype: str | None = None
     from_base: str | None = None
@@ -45,21 +49,25 @@ class EngineProof:
 
     Attributes:
         engine: The program.
+        weights: On which both computed.
         tokens: Positions compared.
         largest: Largest |difference| of a logit.
         distance: Root mean square of the differences over the logits' own spread.
         bound: The most that `distance` may be.
         top1: Share of positions whose most likely token is the same, 0 to 1.
         texts: Chats, or texts, that the program's tokenizer read as lorafit's; None where it brings none.
+        exact: `distance` of the same file in f32, made for the while; None where the file itself is, or has no base.
     """
 
     engine: str
+    weights: str
     tokens: int
     largest: float
     distance: float
     bound: float
     top1: float
     texts: int | None = None
+    exact: float | None = None
 
     def to_json(self) -> JsonObject:
         """Plain values."""
@@ -67,10 +75,12 @@ class EngineProof:
 
     def describe(self) -> str:
         """For people."""
+        exact = "" if self.exact is None else f"; in f32 {self.exact:.2g}"
         read = "" if self.texts is None else f"; {self.texts} texts become the same tokens"
+        of_spread = f"{self.distance:.2g} of their spread (bound {self.bound:.2g}){exact}"
         return (
-            f"{self.engine} beside lorafit, {self.tokens} positions: largest difference of a logit {self.largest:.2g}, "
-            f"{self.distance:.2g} of their spread, same first choice at {100 * self.top1:.1f} %{read}"
+            f"{self.engine} beside lorafit on {self.weights}, {self.tokens} positions: largest difference of a logit "
+            f"{self.largest:.2g}, {of_spread}, same first choice at {100 * self.top1:.1f} %{read}"
         )
 
 

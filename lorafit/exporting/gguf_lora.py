@@ -79,8 +79,5 @@ def _folded(adapter: FoldedAdapter) -> list[str]:
 
 def _of_the_base(source: Source) -> list[str]:
     """What a GGUF of the base must be for the adapter to answer as it was trained."""
-    card, notes = source.card, [f"put it on a GGUF of {source.base.shown}, and of no other model"]
-    if card is not None and card.quantization.kind != "none":
-        kind = card.quantization.kind
-        notes.append(f"it was trained on the base in {kind}: on other weights it answers less well; --to gguf has them")
-    return notes
+    only = f"put it on a GGUF of {source.base.origin.name}, and of no other model"
+    return [only, *source.note_quantised("--to gguf merges into those")]

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from lorafit.console.wording import first_line
 from lorafit.errors import ModelError, UsageError
-from lorafit.exporting.exported import Exported
+from lorafit.exporting.exported import REPOSITORY, Exported
 from lorafit.exporting.model_card import write_card
 from lorafit.exporting.peft import prove_peft, require_provable, write_clean
 from lorafit.exporting.source import Source
 from lorafit.files.atomic import atomic_dir
+from lorafit.hub.refusal import Repo, push_not_reached
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = "HF_TOKEN"
 
 
 def export(source: Source, output: Path) -> Exported:
-    """Writes the folder, and pushes it where that is wished.
+    """Writes the folder, and pushes it where that is wished; of a push that fails nothing is kept.
 
     Raises:
         UsageError: No repository is named, or no token is in the environment.
         ModelError: The hub refuses it.
     """
     wish = source.wish
-    if wish.repo is None or not _REPO.fullmatch(wish.repo):
+    if wish.repo is None or not REPOSITORY.fullmatch(wish.repo):
         raise UsageError("--to hub needs a repository", key="--repo", todo="name it OWNER/NAME")
     token = os.environ.get(_TOKEN)
     if not wish.dry_run and not token:
@@ -38,9 +37,10 @@ def export(source: Source, output: Path) -> Exported:
         kept = wish.dry_run or wish.output is not None
         made = output if kept else Path(place) / "adapter"
         with atomic_dir(made, replace=made.exists(), lists_files=False) as folder:
-            notes = [*write_clean(source, folder), *write_card(source, folder, wish.repo)]
+            notes = [*write_clean(source, folder), *source.note_quantised("README.md opens the base so")]
+            notes += write_card(source, folder, wish.repo)
             proof = prove_peft(source, folder) if wish.verify else None
-        url = None if wish.dry_run else _push(made, wish.repo, str(token), private=wish.private)
+            url = None if wish.dry_run else _push(folder, wish.repo, str(token), private=wish.private)
     if wish.dry_run:
         notes.append(f"nothing was sent: without --dry-run this folder would be {wish.repo}")
     return Exported("hub", output if kept else None, notes, None, proof, url)
@@ -49,14 +49,18 @@ def export(source: Source, output: Path) -> Exported:
 def _push(folder: Path, repo: str, token: str, *, private: bool) -> str:
     """One commit with every file of the folder; gives back its address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         pushed = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with lorafit")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        status = f"status {error.response.status_code}, " if isinstance(error, HfHubHTTPError) else ""
+    except (
+        Exception
+    ) as error:  # the library's share no base class: network, answers, files, uploads of its second library
+        if (unreached := push_not_reached(Repo(repo, "model"), error)) is not None:
+            raise ModelError(f"nothing was pushed: {unreached.what}", key="--to", todo=unreached.todo) from error
+        response = getattr(error, "response", None)
+        status = "" if response is None else f"status {response.status_code}, "
         todo = f"check --repo, and that {_TOKEN} may write there"
         raise ModelError(f"the hub took nothing: {status}{first_line(error)}", key="--repo", todo=todo) from error
     return str(pushed.commit_url)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonObject
 from lorafit.data.sources.source import is_local
-from lorafit.exporting.peft import base_name
+from lorafit.exporting.readme import say_base, say_use, say_what
 from lorafit.exporting.source import Source
-from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
+from lorafit.facts import SEQ2SEQ_CLASS
 from lorafit.files.atomic import read_object
-from lorafit.machine.version import __version__
 from lorafit.model.low_rank import method_of
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def write_card(source: Source, folder: Path, repo: str) -> list[str]:
     """Writes README.md; gives back what it leaves out, and why."""
     from huggingface_hub import ModelCardData
 
-    base, card, report = base_name(source), source.card, _report(source)
+    base, card, report = source.base_id, source.card, _report(source)
     pipeline = _PIPELINES["AutoModelForCausalLM" if card is None else card.model_class.auto_class]
     data = ModelCardData(
         base_model=base,
@@ -57,16 +56,17 @@ def write_card(source: Source, folder: Path, repo: str) -> list[str]:
     )
     if base is not None:
         data["base_model_relation"] = "adapter"
-    parts = [f"# {repo.partition('/')[2]}", _what(source, base)]
+    parts = [f"# {repo.partition('/')[2]}", say_what(source)]
     if source.opened is not None:
         parts += [_training(source, source.opened.loaded.recipe), _rows(source, source.opened.loaded.recipe)]
-    parts += [_evaluation(report), _use(repo, base, source), _limits(source, report)]
+    parts += [_evaluation(report), say_base(source, repo), say_use(source, repo), _limits(source, report)]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
     notes = []
     if base is None:
         notes.append(
-            f"the card names no base_model: {source.base.shown} has no hub id, and a local path would be refused"
+            f"the card names no base_model: {source.base.origin.name} has no hub id, and a local path "
+            "would be refused: --base-id states one"
         )
     if source.wish.license is None:
         notes.append("the card names no licence: add --license")
@@ -115,18 +115,15 @@ def _figures(report: JsonObject, pipeline: str, source: Source) -> list[EvalResu
     ]
 
 
-def _what(source: Source, base: str | None) -> str:
-    origin = source.base.origin
-    known = f"[{base}](https://huggingface.co/{base})" if base else f"{origin.name}, which is not on the hub"
-    digest = f" Its weights and config have the fingerprint `{origin.digest[:16]}`." if origin.digest else ""
-    method = method_of(source.require_adapter())
-    return f"An adapter ({method}) on {known}, trained with lorafit {__version__}.{digest}"
-
-
 def _training(source: Source, recipe: Recipe) -> str:
     card, adapter = source.card, source.require_adapter()
     training, result = recipe.training, source.opened.run.result if source.opened else None
     steps = read_object(result).get("steps") if result is not None and result.is_file() else None
+    if source.opened is not None:
+        step, best = source.opened.adapter(source.wish.checkpoint)[1], source.opened.run.best_step()
+        if step not in (None, steps):
+            of = "" if steps is None else f" of {steps}"
+            steps = f"{step}{of}{' (best on validation)' if step == best else ''}"
     fields = {ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()}
     facts: dict[str, Any] = {
         "task": recipe.task.kind,
@@ -186,25 +183,6 @@ def _evaluation(report: JsonObject) -> str:
 
 def _span(found: JsonObject, which: str) -> str:
     return f"{found[f'{which}low']:.4g} to {found[f'{which}high']:.4g}"
-
-
-def _use(repo: str, base: str | None, source: Source) -> str:
-    card, words = source.card, "AutoTokenizer"
-    model_class = ModelClass() if card is None else card.model_class
-    if model_class.auto_class == "AutoModelForImageTextToText":
-        words = "AutoProcessor"
-    named = base or "the folder of its base"
-    given = [f'"{named}"', *(f"{key}={value!r}" for key, value in model_class.config.items())]
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {model_class.auto_class}, {words}",
-        "",
-        f'tokenizer = {words}.from_pretrained("{repo}")',
-        f"model = {model_class.auto_class}.from_pretrained({', '.join(given)})",
-        *(["model.resize_token_embeddings(len(tokenizer))"] if source.base.new_tokens else []),
-        f'model = PeftModel.from_pretrained(model, "{repo}")',
-    ]
-    return "\n".join(["## Use", "", "```python", *lines, "```"])
 
 
 def _limits(source: Source, report: JsonObject) -> str:

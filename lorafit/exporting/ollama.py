@@ -1,7 +1,7 @@
 """`--to ollama`: a GGUF and a Modelfile whose template and stops are those that were trained.
 
 FOLDER/model.gguf      base and adapter merged; or adapter.gguf, beside a base that `--from-base` names
-       Modelfile       FROM, ADAPTER, TEMPLATE, PARAMETER stop, PARAMETER num_ctx
+       Modelfile       FROM, ADAPTER, TEMPLATE, PARAMETER stop, num_ctx, temperature, repeat_penalty
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lorafit.files.atomic import atomic_dir
 from lorafit.model.tokenizer_files import DEFAULT
 
 MODELFILE, _MODEL, _ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
+_AS_MEASURED = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1")
+"""`lorafit eval` scores the likeliest answer; Ollama's own are 0.8 and 1.1, which also changes a greedy answer."""
 _MOST_POSITIONS = 8192  # what num_ctx asks for at most: its cache is memory from the first token on
 
 
@@ -43,6 +45,7 @@ def export(source: Source, output: Path) -> Exported:
         if wish.verify:
             require_llama_cpp()
         with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
+            notes.append(f"{wish.from_base} was not compared with the base of the run")
             notes += gguf_lora.write_adapter(source, folder / _ADAPTER)
             proof = gguf_lora.prove(source, folder / _ADAPTER) if wish.verify else None
             _write(source, folder, [f"FROM {_base_there(wish.from_base)}", f"ADAPTER ./{_ADAPTER}"], text)
@@ -85,5 +88,5 @@ def _write(source: Source, folder: Path, lines: list[str], template: str) -> Non
     if wrong := [stop for stop in stops if '"' in stop or "\n" in stop]:
         raise ModelError(f"a Modelfile cannot hold the stop {wrong[0]!r}", todo="use --to gguf")
     lines = [*lines, f'TEMPLATE """{template}"""', *(f'PARAMETER stop "{stop}"' for stop in stops)]
-    lines.append(f"PARAMETER num_ctx {min(positions, _MOST_POSITIONS)}")
+    lines += [f"PARAMETER num_ctx {min(positions, _MOST_POSITIONS)}", *_AS_MEASURED]
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

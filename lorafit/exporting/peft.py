@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from lorafit.errors import ModelError, NumericsError
 from lorafit.exporting.exported import EngineProof, Exported
 from lorafit.exporting.probes import probe_texts
-from lorafit.exporting.source import Source
+from lorafit.exporting.readme import write_readme
+from lorafit.exporting.source import BASE_NAME, Source
 from lorafit.facts import CAUSAL_MODEL
 from lorafit.files.atomic import atomic_dir
-from lorafit.files.portable import is_local_path, portable
+from lorafit.files.portable import portable
 from lorafit.model.adapter import CONFIG, WEIGHTS, write_object
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import JsonMapping
 
-_BASE_NAME = "base_model_name_or_path"
 _BOUND = 1e-5
 """Of `logits_distance`: the same weights in the same library; a scale that is folded into B is rounded once."""
 
@@ -30,17 +30,10 @@ def export(source: Source, output: Path) -> Exported:
     """Writes the folder."""
     require_provable(source)
     with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
-        notes = write_clean(source, folder)
+        notes = [*write_clean(source, folder), *source.note_quantised("README.md opens the base so")]
+        write_readme(source, folder)
         proof = prove_peft(source, folder) if source.wish.verify else None
     return Exported("peft", output, notes, None, proof)
-
-
-def base_name(source: Source) -> str | None:
-    """The base's hub id; None where it came from elsewhere."""
-    origin, written = source.base.origin, str(source.require_adapter().config.get(_BASE_NAME) or "")
-    if origin.kind == "hub":
-        return origin.name
-    return written if source.card is None and written and not is_local_path(written) else None
 
 
 def write_clean(
@@ -57,8 +50,8 @@ def write_clean(
         config: Instead of the adapter's own.
         tensors: Instead of its own.
     """
-    saved, name = source.require_adapter(), base_name(source)
-    written = portable(dict(config or saved.config)) | {_BASE_NAME: name, "inference_mode": True}
+    saved, name = source.require_adapter(), source.base_id
+    written = portable(dict(config or saved.config)) | {BASE_NAME: name, "inference_mode": True}
     if name is None:
         written["revision"] = None
     write_object(folder / CONFIG, written)
@@ -71,8 +64,10 @@ def write_clean(
     source.companions.write(folder)
     notes = []
     if name is None:
-        what = f"the base, {source.base.shown}, has no hub id, so the adapter names none"
-        notes.append(f"{what}: open it with PeftModel.from_pretrained(model, FOLDER)")
+        what = f"the base, {source.base.origin.name}, has no hub id, so adapter_config.json names none"
+        notes.append(f"{what}: README.md says which it is; --base-id gives an id")
+    elif source.is_base_stated:
+        notes.append(f"that the base is {name} is stated by --base-id, and was not compared")
     if source.base.new_tokens:
         count = len(source.base.new_tokens)
         notes.append(f"the tokenizer has {count} new tokens: resize the base's embedding to it before PEFT opens this")
@@ -114,6 +109,7 @@ def prove_peft(source: Source, folder: Path) -> EngineProof:
         theirs = logits(PeftModel.from_pretrained(plain, str(folder)).eval())
     proof = EngineProof(
         "PEFT",
+        "the base as its files have it",
         len(own),
         float((own - theirs).abs().max()),
         logits_distance(own, theirs),

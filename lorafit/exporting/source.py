@@ -13,6 +13,7 @@ from lorafit.answering.tuned import open_lone_adapter, open_tuned
 from lorafit.contracts import Reporter
 from lorafit.errors import UsageError
 from lorafit.exporting.exported import Wish
+from lorafit.files.portable import is_local_path
 from lorafit.merging import merge_adapter_folder, merge_run
 from lorafit.model.adapter import AdapterFolder, read_adapter
 from lorafit.model.base import Base, check_made, read_base
@@ -22,6 +23,8 @@ from lorafit.run.workspace import OpenedRun, is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
     from lorafit.run.card import RunCard
+
+BASE_NAME = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,32 @@ class Source:
     def card(self) -> RunCard | None:
         """Of the run that trained it; None for other tools' adapters, and for whole models."""
         return None if self.adapter is None else self.adapter.card()
+
+    @cached_property
+    def base_id(self) -> str | None:
+        """The base's hub id; None where it came from elsewhere and its author states none.
+
+        Raises:
+            UsageError: Another one is stated than the adapter's.
+        """
+        origin, written = self.base.origin, str(self.require_adapter().config.get(BASE_NAME) or "")
+        named = written if self.card is None and written and not is_local_path(written) else None
+        known, stated = origin.name if origin.kind == "hub" else named, self.wish.base_id
+        if known and stated and known != stated:
+            raise UsageError(f"the adapter was trained on {known}", key="--base-id", todo="leave it out")
+        return known or stated
+
+    @property
+    def is_base_stated(self) -> bool:
+        """Whether nothing but the author's word names the hub's model that it was trained on."""
+        return self.wish.base_id is not None and self.base.origin.kind != "hub"
+
+    def note_quantised(self, way: str) -> list[str]:
+        """What is to be known where the base was quantised in training, with a way to have it so again."""
+        if self.card is None or self.card.quantization.kind == "none":
+            return []
+        kind = self.card.quantization.kind
+        return [f"it was trained on the base in {kind}: on other weights it answers less well; {way}"]
 
     @cached_property
     def voice(self) -> Voice:

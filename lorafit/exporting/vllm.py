@@ -13,7 +13,8 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.exporting.exported import Exported
 from lorafit.exporting.factors import FoldedAdapter
-from lorafit.exporting.peft import base_name, prove_peft, require_provable, write_clean
+from lorafit.exporting.peft import prove_peft, require_provable, write_clean
+from lorafit.exporting.readme import BASE, write_readme
 from lorafit.exporting.source import Source
 from lorafit.files.atomic import atomic_dir
 from lorafit.files.safetensors import read_index
@@ -36,14 +37,23 @@ def export(source: Source, output: Path) -> Exported:
         raise ModelError(what, file=str(saved.path), todo=todo)
     with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
         notes = write_clean(source, folder, _config(source, adapter), adapter.by_name())
+        write_readme(source, folder, _command(source, adapter.rank, source.base_id or BASE, folder, Path()))
         proof = prove_peft(source, folder) if source.wish.verify else None
-    most = next(rank for rank in _RANKS if rank >= adapter.rank)
-    base = base_name(source) or str(source.base.path)
+    base = source.base_id or (str(source.base.path) if source.base.origin.kind == "folder" else BASE)
+    if base == BASE:
+        notes.append(f"{BASE} in the command is a folder of the base, which README.md makes; or serve a merge")
+    command = _command(source, adapter.rank, base, output, output)
+    return Exported("vllm", output, [*_mended(source, adapter), *notes], command, proof)
+
+
+def _command(source: Source, rank: int, base: str, folder: Path, called: Path) -> str:
+    """What serves a base with the adapter in a folder that has that name where the command is given."""
+    most = next(known for known in _RANKS if known >= rank)
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(most)]
-    words += ["--lora-modules", f"{source.place.name}={output}"]
-    if (output / TEMPLATE).is_file():
-        words += ["--chat-template", str(output / TEMPLATE)]
-    return Exported("vllm", output, [*_mended(source, adapter), *notes], shlex.join(words), proof)
+    words += ["--lora-modules", f"{source.place.name}={called}"]
+    if (folder / TEMPLATE).is_file():
+        words += ["--chat-template", str(called / TEMPLATE)]
+    return shlex.join(words)
 
 
 def _config(source: Source, adapter: FoldedAdapter) -> JsonObject:
@@ -81,11 +91,7 @@ def _mended(source: Source, adapter: FoldedAdapter) -> list[str]:
         notes.append(f"{what}, filled up with zeros, and their scales are in B")
     if config.get("use_rslora"):
         notes.append(f"rsLoRA's scale is in lora_alpha, {adapter.alpha:g}, and B")
-    card = source.card
-    if card is not None and card.quantization.kind != "none":
-        kind = card.quantization.kind
-        what = f"it was trained on the base in {kind}, and vLLM serves it on the weights that the command names"
-        notes.append(f"{what}: answers differ; lorafit merge writes what was trained on")
+    notes += source.note_quantised("lorafit merge writes what was trained on, and vLLM serves that as it is")
     if source.companions.templates:
         notes.append("the template is the trained one: without --chat-template vLLM takes the base's")
     return notes

@@ -67,15 +67,15 @@ def _sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
     Raises:
         ResourceError: The disk is full, read-only or broken, or somebody removed the folder; `path` is as it was.
+        UsageError: Nothing can be made there.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
     made = temporary if is_folder else path.parent
     with disk_errors(path):
         make_folder(path.parent)
         _remove(temporary)
-        if is_folder:
-            temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
         try:
+            _try_making(temporary, path, is_folder=is_folder)
             yield temporary
         except LorafitError:
             raise
@@ -87,6 +87,21 @@ def _sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
             raise ResourceError("disappeared while it was written", file=str(path), todo=todo) from error
         finally:
             _remove(temporary)
+
+
+def _try_making(temporary: Path, path: Path, *, is_folder: bool) -> None:
+    """Makes the folder, or sees that a file can be made. Raises UsageError where the system refuses, as /proc does."""
+    try:
+        if is_folder:
+            temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
+        else:
+            temporary.touch()
+            temporary.unlink()
+    except OSError as error:
+        if error.errno in DISK_ERRORS or not path.parent.is_dir():
+            raise
+        why = "the system lets nothing be made there" if error.errno == errno.ENOENT else (error.strerror or "").lower()
+        raise UsageError(f"cannot be written: {why}", file=str(path), todo="choose another place") from error
 
 
 def hash_file(path: Path) -> str:

@@ -12,12 +12,14 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 _BROKE_OFF = {"TransportError", "DecodingError"}
 _HOLDS_THE_TOKEN = {"LocalProtocolError", "UnicodeEncodeError"}
 _NO_ADDRESS = {"InvalidURL", "UnsupportedProtocol", "TooManyRedirects"}
 _NO_HUB = {"FileMetadataError", "JSONDecodeError", "KeyError", "TypeError", "AttributeError", "AssertionError"}
 _TIMEOUTS = {"TimeoutException", "TimeoutError"}
+_UNREACHED = {"TransportError", "ConnectionError", "SSLError"} | _NO_ADDRESS | _HOLDS_THE_TOKEN | _TIMEOUTS
 _MORE_WITH_TOKEN = "; with HF_TOKEN set more is allowed"
 
 
@@ -127,7 +129,21 @@ def refused_by_status(repo: Repo, code: int, headers: Mapping[str, str]) -> HubR
     return HubRefusedError(what, todo)
 
 
-def not_reached(repo: Repo, error: BaseException, host: str, seconds: float) -> HubRefusedError:
+def push_not_reached(repo: Repo, error: BaseException) -> HubRefusedError | None:
+    """Why a push did not get to the hub; None where the hub answered it, or something else failed."""
+    from huggingface_hub import constants, is_offline_mode
+
+    if getattr(error, "response", None) is not None or not _names(chain_of(error, hidden=True)) & _UNREACHED:
+        return None
+    if is_offline_mode():
+        return HubRefusedError("HF_HUB_OFFLINE keeps the hub from being asked", "unset it to push", is_wanted=True)
+    host = urlsplit(_endpoint()).hostname or _endpoint()
+    return not_reached(repo, error, host, constants.DEFAULT_REQUEST_TIMEOUT, otherwise="connect, and start again")
+
+
+def not_reached(
+    repo: Repo, error: BaseException, host: str, seconds: float, *, otherwise: str | None = None
+) -> HubRefusedError:
     """Why a request got no answer at all.
 
     Args:
@@ -135,12 +151,13 @@ def not_reached(repo: Repo, error: BaseException, host: str, seconds: float) -> 
         error: What the request raised.
         host: Of the request.
         seconds: How long an answer was waited for.
+        otherwise: What helps where nothing but a connection does; None: of a download.
     """
     chain = list(chain_of(error, hidden=True))
     names = _names(chain)
     if names & _HOLDS_THE_TOKEN:
         return _bad_token()
-    todo = f"connect once, or {repo.local_way}"
+    todo = otherwise or f"connect once, or {repo.local_way}"
     if names & _NO_ADDRESS:
         what, todo = f"{_endpoint()} is not the address of a hub", "check HF_ENDPOINT"
     elif any(isinstance(link, ssl.SSLError) for link in chain):
@@ -151,7 +168,7 @@ def not_reached(repo: Repo, error: BaseException, host: str, seconds: float) -> 
         what = f"the hub cannot be reached (no address for {host})"
     elif names & _TIMEOUTS:
         what = f"the hub cannot be reached ({host} gave no answer for {seconds:g} seconds)"
-        todo = "start again later, or set HF_HUB_ETAG_TIMEOUT to more seconds"
+        todo = otherwise or "start again later, or set HF_HUB_ETAG_TIMEOUT to more seconds"
     else:
         said = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
         what = f"the hub cannot be reached ({host}: {(said or 'no answer').lower()})"

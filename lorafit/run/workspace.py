@@ -174,6 +174,9 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
         raise UsageError(
             f"is one file of {what}", file=str(path), todo=f"name the folder that it lies in: {path.parent}"
         )
+    elif path.suffix not in (".yaml", ".yml") and path.is_file():
+        todo = "name a run folder, its .yaml recipe or an adapter folder"
+        raise UsageError("is no run, recipe or adapter", file=str(path), todo=todo)
     elif not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise _nothing_at(path)
     else:

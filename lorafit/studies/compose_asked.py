@@ -176,11 +176,11 @@ def leave_out(
     by_name = {each.name: each for each in named}
     unread = [name for name in by_name if name not in chosen]
     zero = [name for name, weight in chosen.items() if not weight and not is_fitted]
+    kept = [by_name[name] for name in chosen if name not in zero]
+    if not kept:
+        raise UsageError("every weight is 0, and nothing is left", key="SUM", todo="give one that is not")
     if unread:
         reporter.warn(f"not in the sum, and left out: {list_names(unread)}")
     if zero:
         reporter.warn(f"of weight 0, and left out: {list_names(zero)}")
-    kept = [by_name[name] for name in chosen if name not in zero]
-    if not kept:
-        raise UsageError("every weight is 0, and nothing is left", key="SUM", todo="give one that is not")
     return kept

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +25,12 @@ from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, ResourceError, UsageError
 from lorafit.exporting.export import export
 from lorafit.exporting.exported import Wish
-from lorafit.exporting.model_card import _use
 from lorafit.exporting.ollama import _template
+from lorafit.exporting.readme import say_base, say_use, say_what
 from lorafit.exporting.source import open_source
 from lorafit.facts import ModelClass
-from lorafit.model.adapter import save_adapter
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.adapter import AdapterFolder, save_adapter
 from lorafit.model.attach import attach_adapter
 from lorafit.run.workspace import open_run
 from tests.support.adapted import added, load, logits, open_base, randomise
@@ -128,14 +131,25 @@ def test_a_folder_for_peft_holds_nothing_of_this_machine(run: Path, tmp_path: Pa
     found = lorafit.export(run, to="peft", output=tmp_path / "p", verify=True, quiet=True)
     names = {file.name for file in (tmp_path / "p").iterdir()}
     assert names == {
-        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json"),
+        *(
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat_template.jinja",
+            "generation_config.json",
+        ),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     for file in (tmp_path / "p").iterdir():
         assert str(run.parent).encode() not in file.read_bytes()
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and "has no hub id" in found.notes[0]
-    assert found.proof is not None and found.proof.distance < 1e-6 and "PEFT beside lorafit" in str(found)
+    assert (
+        found.proof is not None
+        and found.proof.distance < 1e-6
+        and "PEFT beside lorafit on the base as its files have it" in str(found)
+    )
+    assert "of their spread (bound 1e-05)" in str(found)
     assert found.to_json()["files"]["chat_template.jinja"] > 0
 
 
@@ -160,6 +174,7 @@ def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path, m
     text = (tmp_path / "o" / "Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range $i, $m := .Messages }}')
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 256" in text
+    assert text.endswith("\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n")  # answers are scored greedily
     assert (
         tmp_path / "o" / "model.gguf"
     ).stat().st_size > 200_000 and "compared with the trained one on 20" in found.notes[0]
@@ -170,7 +185,8 @@ def test_ollama_gets_the_trained_template_and_stops(run: Path, tmp_path: Path, m
         (tmp_path / "b c" / "Modelfile").read_text().startswith(f"FROM {tmp_path}/base.gguf\n")
     )  # Ollama is elsewhere
     assert str(found.command) == "ollama create run -f 'b c/Modelfile'"
-    export(run, to="ollama", output=tmp_path / "b", from_base="smollm2:135m")
+    found = export(run, to="ollama", output=tmp_path / "b", from_base="smollm2:135m")
+    assert "smollm2:135m was not compared with the base of the run" in found.notes
     assert (tmp_path / "b" / "Modelfile").read_text().startswith("FROM smollm2:135m\nADAPTER ./adapter.gguf\n")
     assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["Modelfile", "adapter.gguf"]
 
@@ -244,6 +260,42 @@ def test_a_hub_that_refuses_is_one_sentence(run: Path, hub: Hub, monkeypatch: py
     assert "HF_TOKEN may write there" in str(caught.value) and "secret" not in str(caught.value)
 
 
+def test_a_push_that_fails_is_told_and_keeps_nothing(
+    run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the library raises for a network: and the same command can be given again."""
+    import httpx2
+    from huggingface_hub import HfApi
+
+    request = httpx2.Request("POST", "https://huggingface.co/api/repos/create")
+    unknown = httpx2.ConnectError("[Errno -2] Name or service not known", request=request)
+    unknown.__cause__ = socket.gaierror(-2, "Name or service not known")
+    failures: list[tuple[Exception, str]] = [
+        (unknown, "nothing was pushed: the hub cannot be reached (no address for"),
+        (httpx2.ConnectTimeout("timed out", request=request), "gave no answer for 10 seconds); connect, and"),
+        (httpx2.ProxyError("403", request=request), "nothing was pushed: the proxy refuses the hub; check HTTPS_PROXY"),
+        (ssl.SSLCertVerificationError("self-signed"), "nothing was pushed: the certificate of"),
+        (httpx2.LocalProtocolError("Illegal header value b'Bearer secret'"), "HF_TOKEN holds what no token holds"),
+        (RuntimeError("CAS service failed"), "the hub took nothing: CAS service failed"),  # its second library
+    ]
+    for failure, message in failures:
+
+        def fails(*given: Any, failure: Exception = failure, **named: Any) -> None:
+            raise failure
+
+        for name in ("create_repo", "upload_folder"):
+            with monkeypatch.context() as patch:
+                patch.setattr(HfApi, name, fails)
+                with pytest.raises(ModelError, match=re.escape(message)) as caught:
+                    export(run, to="hub", repo="me/shop", output=tmp_path / "h")
+            assert "secret" not in str(caught.value) and not list(tmp_path.glob("*h")), name
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelError, match=r"nothing was pushed: HF_HUB_OFFLINE keeps .* unset it to push"):
+            export(run, to="hub", repo="me/shop", output=tmp_path / "h")
+    assert export(run, to="hub", repo="me/shop", output=tmp_path / "h").url
+
+
 def test_the_card_is_what_the_hubs_library_reads(run: Path, tmp_path: Path) -> None:
     found = export(run, to="hub", repo="me/shop", license="apache-2.0", dry_run=True, output=tmp_path / "h")
     assert found.url is None and "nothing was sent" in found.notes[-1]
@@ -281,8 +333,8 @@ def test_the_card_opens_a_classifier_with_its_own_class(run: Path, monkeypatch: 
     head = ModelClass("AutoModelForSequenceClassification", {"num_labels": 3}, has_new_head=True)
     monkeypatch.setattr(type(source.card), "model_class", head)
     grown = replace(source, base=replace(source.base, new_tokens=("<new>",)))
-    text = _use("me/shop", "org/base", grown)
-    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=3)' in text
+    text = say_use(grown, "me/shop")
+    assert "AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=3)" in text
     assert "model.resize_token_embeddings(len(tokenizer))" in text and "CausalLM" not in text
 
 
@@ -296,6 +348,99 @@ def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
     data = ModelCard.load(tmp_path / "h" / "README.md").data
     assert data.base_model == "org/base" and "base_model:adapter:org/base" in data.tags
     assert data.to_dict()["base_model_relation"] == "adapter" and "no licence" in " ".join(found.notes)
+
+
+def asked(source: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What stands after a README's lines were run beside the base's and the repository's folders."""
+    lines = say_use(source, "me/shop").partition("```python\n")[2].removesuffix("```").replace("tokens=64", "tokens=8")
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    return found
+
+
+def test_the_lines_of_a_readme_answer_as_lorafit_does(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(run, to="hub", repo="me/shop", dry_run=True, output=tmp_path / "me" / "shop")
+    source = open_source(run, Wish("hub"), Silent())
+    (tmp_path / "BASE").symlink_to(source.base.path)
+    assert say_use(source, "me/shop") in (tmp_path / "me" / "shop" / "README.md").read_text()
+    asked(source, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    (answer,) = lorafit.generate(run, ["What can you do?"], max_new_tokens=8, quiet=True).answers
+    assert printed == f"{answer.text}\n"
+    assert not any(place in say_base(source, ".") + say_what(source) for place in (str(run.parent), "/tmp"))
+    assert f"`{source.base.origin.digest}`" in say_what(source) and "Fingerprint of the base" in say_what(source)
+
+
+def test_a_readme_opens_a_quantised_base_as_it_was_trained(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = quantizations.make_section("nf4", compute_dtype="fp32")
+    quantised = source_with(run, monkeypatch, quantization=section)
+    export(run, to="peft", output=tmp_path / "me" / "shop")
+    (tmp_path / "BASE").symlink_to(quantised.base.path)
+    model = asked(quantised, tmp_path, monkeypatch)["model"]
+    linear = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    assert linear.weight.quant_type == "nf4" and linear.compute_dtype == torch.float32
+    assert "bnb_4bit_use_double_quant=True" in say_use(quantised, "me/shop")  # a CPU's first forward undoes it
+    for to in ("peft", "vllm", "gguf-lora"):
+        notes = export(run, to=to, output=tmp_path / to).notes
+        assert sum("trained on the base in nf4: on other weights it answers less well" in note for note in notes) == 1
+    found = export(run, to="hub", repo="me/shop", dry_run=True, output=tmp_path / "hub").notes
+    assert "README.md opens the base so" in " ".join(found)
+    for kind, words in (("int8", "packed = BitsAndBytesConfig(load_in_8bit=True)\n"), ("mixed", "")):
+        section = quantizations.make_section(kind)
+        text = say_use(source_with(run, monkeypatch, quantization=section), "me/shop")
+        assert words in text and ("BitsAndBytes" in text) == bool(words)
+
+
+def source_with(run: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
+    """A run whose card says something else."""
+    source = open_source(run, Wish("hub"), Silent())
+    card = source.card.model_copy(update=values)  # type: ignore[union-attr]
+    monkeypatch.setattr(AdapterFolder, "card", lambda self: card)
+    return source
+
+
+def test_a_base_of_a_gguf_file_is_made_by_the_readme(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = open_source(run, Wish("vllm"), Silent())
+    origins = {
+        "package": ("package://shop_models/a.gguf", 'find_spec("shop_models")'),
+        "gguf": ("a.gguf", 'place = "."'),
+    }
+    for kind, (name, place) in origins.items():
+        known = replace(source, base=source.base.known_as(kind=kind, name=name))
+        monkeypatch.setattr("lorafit.exporting.source.open_source", lambda *given, known=known: known)
+        found = export(run, to="vllm", output=tmp_path / kind)
+        text = (tmp_path / kind / "README.md").read_text()
+        assert place in text and 'gguf_file="a.gguf"' in text and "vllm serve BASE --enable-lora" in text
+        assert str(found.command).startswith("vllm serve BASE ") and "README.md makes" in " ".join(found.notes)
+        assert str(source.base.path) not in text and "PeftModel" not in " ".join(found.notes)
+
+
+def test_an_author_may_name_the_base(run: Path, tmp_path: Path) -> None:
+    found = export(run, to="hub", repo="me/x", dry_run=True, base_id="org/base", output=tmp_path / "h")
+    card = ModelCard.load(tmp_path / "h" / "README.md")
+    assert card.data.base_model == "org/base" and "stated by its author and was not compared" in card.content
+    assert 'base, adapter = "org/base", "me/x"' in card.content and "## Base" not in card.content
+    assert "stated by --base-id, and was not compared" in " ".join(found.notes)
+    config = json.loads((tmp_path / "h" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    source = open_source(run, Wish("hub", base_id="org/other"), Silent())
+    ours = replace(source, base=source.base.known_as(kind="hub", name="org/base"))
+    with pytest.raises(UsageError, match="--base-id: the adapter was trained on org/base; leave it out"):
+        _ = ours.base_id
+
+
+def test_the_card_says_which_step_it_is(run: Path, tmp_path: Path) -> None:
+    for checkpoint, said in (("2", "2 of 4"), (None, "4")):
+        place = tmp_path / str(checkpoint)
+        export(run, to="hub", repo="me/x", dry_run=True, checkpoint=checkpoint, output=place)
+        assert f"| optimizer steps | {said} |" in (place / "README.md").read_text()
 
 
 WRONG: list[tuple[dict[str, Any], str, int]] = [
@@ -314,7 +459,10 @@ WRONG: list[tuple[dict[str, Any], str, int]] = [
         "no.gguf: --from-base: no such file; name a GGUF file, or a model of",
         2,
     ),
+    ({"to": "gguf", "base_id": "a/b"}, "--base-id: is of --to", 2),
+    ({"to": "peft", "base_id": "no-owner"}, "--base-id: 'no-owner' is no id of the hub; name it OWNER/NAME", 2),
     ({"to": "peft", "checkpoint": "7"}, "no such checkpoint; there are steps 2, 4", 6),
+    ({"to": "peft", "run": __file__}, "test_folders.py: is no run, recipe or adapter; name a run folder", 2),
     ({"to": "peft", "run": "nothing-here"}, "no such file or folder", 2),
 ]
 
@@ -335,8 +483,11 @@ def test_an_output_is_never_written_over(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="exists already"):
             export(run, to=to, output=tmp_path / place)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match="is a folder, and this target is one file"):
-        export(run, to="gguf", output=tmp_path / "none")
+    for folder in ("none", "full"):
+        with pytest.raises(
+            UsageError, match=r"is a folder, and this target is one file; name a file, such as .*run\.gguf"
+        ):
+            export(run, to="gguf", output=tmp_path / folder)
     (tmp_path / "empty").mkdir()
     assert export(run, to="peft", output=tmp_path / "empty").files["adapter_config.json"] > 0
 
@@ -361,5 +512,5 @@ def test_a_full_disk_and_a_stop_leave_nothing(run: Path, tmp_path: Path, monkeyp
 def test_verify_says_how_to_get_llama_cpp(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for to in ("gguf", "gguf-lora", "ollama"):
-        with pytest.raises(UsageError, match="which is not installed; pip install llama-cpp-python"):
+        with pytest.raises(UsageError, match=r"^--verify: llama\.cpp is not installed; pip install llama-cpp-python"):
             export(run, to=to, verify=True, output=tmp_path / "out")

@@ -24,6 +24,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError, NumericsError
 from lorafit.exporting.architectures import Architecture, turn_heads
 from lorafit.exporting.export import export
+from lorafit.exporting.exported import EngineProof
 from lorafit.exporting.gguf_file import GgufTensor, check_gguf, write_gguf
 from lorafit.exporting.llama_cpp import sum_exactly
 from lorafit.exporting.vocabulary import require_rule
@@ -292,3 +293,27 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
             continue
         with pytest.raises(ModelError, match="splits text by a rule that llama"):
             require_rule(tmp_path / "t")
+
+
+def test_narrow_types_are_proven_in_f32_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of q8_0 would hide a wrong epsilon: f32 has none to hide behind, and is gone afterwards."""
+    base, asked = make_base(tmp_path / "base"), []
+
+    def prove(file: Path, model: Path, source: Any, data_type: str) -> EngineProof:
+        asked.append(
+            (data_type, {t.tensor_type.name for t in GGUFReader(file).tensors if t.name == "blk.0.attn_q.weight"})
+        )
+        if fails:
+            raise NumericsError("differs")
+        return EngineProof("llama.cpp", "it", 1, 0.0, {"f32": 1e-6, "q8_0": 0.1}[data_type], 0.2, 1.0)
+
+    fails = False
+    monkeypatch.setattr("lorafit.exporting.gguf.prove_gguf", prove)
+    monkeypatch.setattr("lorafit.exporting.gguf.require_llama_cpp", lambda: None)
+    found = export(base, to="gguf", dtype="q8_0", verify=True, output=tmp_path / "m.gguf")
+    assert asked == [("f32", {"F32"}), ("q8_0", {"Q8_0"})] and found.proof is not None
+    assert found.proof.exact == 1e-6 and "0.1 of their spread (bound 0.2); in f32 1e-06" in str(found)
+    fails = True
+    with pytest.raises(NumericsError, match="differs"):
+        export(base, to="gguf", dtype="q8_0", verify=True, output=tmp_path / "n.gguf")
+    assert len(asked) == 3 and sorted(file.name for file in tmp_path.iterdir()) == ["base", "m.gguf"]

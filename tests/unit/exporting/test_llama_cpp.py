@@ -5,6 +5,7 @@ Runs where llama-cpp-python is installed (`pip install llama-cpp-python`, minute
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,32 @@ def test_rounded_weights_are_within_their_bounds(tmp_path: Path, dtype: str) -> 
 def test_heads_that_are_not_turned_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = adapted(tmp_path)
     monkeypatch.setattr(Architecture, "heads_turned", lambda self, path: None)
-    with pytest.raises(NumericsError, match="is what rounding explains"):
+    with pytest.raises(NumericsError, match="more than rounding explains"):
         export(adapter, to="gguf", dtype="f32", verify=True, output=tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_wrong_number_is_not_hidden_by_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the logits of q8_0 alone it would pass: they are within their bound."""
+    _, adapter = adapted(tmp_path)
+    monkeypatch.setattr(
+        Architecture, "describe", lambda self, writer: describe(replace(self, config=wrong(self.config)), writer)
+    )
+    with pytest.raises(NumericsError, match=r"\(bound 0.0001\).*more than rounding explains"):
+        export(adapter, to="gguf", dtype="q8_0", verify=True, output=tmp_path / "m.gguf")
+
+
+describe = Architecture.describe
+
+
+def wrong(config: Any) -> Any:
+    return {**config, "rms_norm_eps": 100 * config["rms_norm_eps"]}
 
 
 def test_a_scale_that_is_not_folded_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = adapted(tmp_path, "rslora", ranks={"q_proj": 2, "down_proj": 5})
     monkeypatch.setattr(_Trained, "folded", lambda self, path, share: FoldedLayer(path, self.a, self.b))
-    with pytest.raises(NumericsError, match="is what rounding explains"):
+    with pytest.raises(NumericsError, match="more than rounding explains"):
         export(adapter, to="gguf-lora", verify=True, output=tmp_path / "a.gguf")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorafit.errors import UsageError
 from lorafit.files.atomic import MANIFEST, atomic_dir, atomic_file
 
 
@@ -49,3 +50,11 @@ def test_a_folder(tmp_path: Path, events: list[tuple[str, str]]) -> None:
     assert order.count("renamed") == 1 and events[-1] == ("synced", str(tmp_path))
     before = {path for _, path in events[: order.index("renamed")]}
     assert before == {str(temporary / name) for name in ("", "a", "inner", "inner/b", MANIFEST)}
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_dir])
+def test_a_place_where_the_system_makes_nothing(atomic: Any) -> None:
+    """As root too, who may write everywhere: the folder did not disappear, and nothing is lorafit's own bug."""
+    refused = pytest.raises(UsageError, match=r"/proc/x\.gguf: cannot be written: .*; choose another place")
+    with refused, atomic(Path("/proc/x.gguf")) as temporary:
+        temporary.write_bytes(b"x")
