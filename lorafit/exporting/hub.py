@@ -11,6 +11,7 @@ from lorafit.errors import ModelError, UsageError
 from lorafit.exporting.exported import REPOSITORY, Exported
 from lorafit.exporting.model_card import write_card
 from lorafit.exporting.peft import prove_peft, require_provable, write_clean
+from lorafit.exporting.readme import note_quantised
 from lorafit.exporting.source import Source
 from lorafit.files.atomic import atomic_dir
 from lorafit.hub.refusal import Repo, push_not_reached
@@ -37,7 +38,7 @@ def export(source: Source, output: Path) -> Exported:
         kept = wish.dry_run or wish.output is not None
         made = output if kept else Path(place) / "adapter"
         with atomic_dir(made, replace=made.exists(), lists_files=False) as folder:
-            notes = [*write_clean(source, folder), *source.note_quantised("README.md opens the base so")]
+            notes = [*write_clean(source, folder), *note_quantised(source)]
             notes += write_card(source, folder, wish.repo)
             proof = prove_peft(source, folder) if wish.verify else None
             url = None if wish.dry_run else _push(folder, wish.repo, str(token), private=wish.private)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorafit.errors import ModelError, NumericsError
 from lorafit.exporting.exported import EngineProof, Exported
 from lorafit.exporting.probes import probe_texts
-from lorafit.exporting.readme import write_readme
+from lorafit.exporting.readme import note_quantised, write_readme
 from lorafit.exporting.source import BASE_NAME, Source
 from lorafit.facts import CAUSAL_MODEL
 from lorafit.files.atomic import atomic_dir
@@ -30,7 +30,7 @@ def export(source: Source, output: Path) -> Exported:
     """Writes the folder."""
     require_provable(source)
     with atomic_dir(output, replace=output.exists(), lists_files=False) as folder:
-        notes = [*write_clean(source, folder), *source.note_quantised("README.md opens the base so")]
+        notes = [*write_clean(source, folder), *note_quantised(source)]
         write_readme(source, folder)
         proof = prove_peft(source, folder) if source.wish.verify else None
     return Exported("peft", output, notes, None, proof)

@@ -113,6 +113,11 @@ def say_use(source: Source, adapter: str) -> str:
     return f"## Use\n\n{_code('python', lines)}"
 
 
+def note_quantised(source: Source) -> list[str]:
+    """What is to be known of a base that was quantised, and who opens it so."""
+    return source.note_quantised(f"{'README.md' if _packed(source) else 'lorafit generate'} opens the base so")
+
+
 def _auto_class(source: Source) -> str:
     return (CAUSAL_MODEL if source.card is None else source.card.model_class).auto_class
 

@@ -26,7 +26,7 @@ from lorafit.errors import LorafitError, ModelError, ResourceError, UsageError
 from lorafit.exporting.export import export
 from lorafit.exporting.exported import Wish
 from lorafit.exporting.ollama import _template
-from lorafit.exporting.readme import say_base, say_use, say_what
+from lorafit.exporting.readme import note_quantised, say_base, say_use, say_what
 from lorafit.exporting.source import open_source
 from lorafit.facts import ModelClass
 from lorafit.kinds.quantizations import quantizations
@@ -394,6 +394,9 @@ def test_a_readme_opens_a_quantised_base_as_it_was_trained(
         section = quantizations.make_section(kind)
         text = say_use(source_with(run, monkeypatch, quantization=section), "me/shop")
         assert words in text and ("BitsAndBytes" in text) == bool(words)
+    assert (
+        "lorafit generate opens the base so" in note_quantised(source_with(run, monkeypatch, quantization=section))[0]
+    )
 
 
 def source_with(run: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
