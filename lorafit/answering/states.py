@@ -43,13 +43,11 @@ def mean_states(engine: Engine, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """A state for each row of tokens, `[rows, width]`, fp32, on the CPU. For the thread that owns the model.
 
     Raises:
-        ModelError: The model keeps its layers in no list.
+        ModelError: The model has no layers, one behind the other, that give a state for each token.
     """
     model: Any = engine.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = layer_list(text_part(base) or base)
-    if not len(layers):
-        raise ModelError(f"{type(base).__name__} keeps its layers in no list", todo="name the adapter in requests")
     longest = max(map(len, rows))
     tokens = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in rows], device=engine.device)
     found: list[torch.Tensor] = []
@@ -58,12 +56,15 @@ def mean_states(engine: Engine, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         found.append(output if torch.is_tensor(output) else output[0])
         raise _LayerReachedError
 
-    hook = layers[max(1, len(layers) // _SHARE_OF_LAYERS) - 1].register_forward_hook(keep)
-    try:
+    reached = layers[: max(1, len(layers) // _SHARE_OF_LAYERS)][-1:]  # none of a model that keeps them in no list
+    with contextlib.ExitStack() as held:
+        for layer in reached:
+            held.enter_context(layer.register_forward_hook(keep))
         with engine.using(None), contextlib.suppress(_LayerReachedError):
             base(input_ids=tokens, use_cache=False)
-    finally:
-        hook.remove()
+    if not found or found[0].shape[:2] != tokens.shape:  # Gemma 3n's answer several times
+        what = f"{type(base).__name__} has no layers that give a state for each token"
+        raise ModelError(what, todo="serve it without --route and --drift")
     states = torch.nn.functional.normalize(found[0].float(), dim=-1)
     means = [state[1 : len(ids)].mean(0) for state, ids in zip(states, rows, strict=True)]
     return torch.stack(means).cpu()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lorafit.answering import states
 from lorafit.answering.batched import BatchedEngine, Limits
@@ -16,7 +17,8 @@ from lorafit.answering.engine import Engine
 from lorafit.answering.sampling import Sampling
 from lorafit.answering.states import StateReader, mean_states
 from lorafit.answering.ticket import LiveRequest
-from lorafit.errors import LorafitError, QueueFull, UsageError
+from lorafit.errors import LorafitError, ModelError, QueueFull, UsageError
+from tests.support.adapted import randomise
 from tests.unit.answering.test_engine import PROMPTS, adapter_folder
 from tests.unit.evaluation.conftest import build_llama
 
@@ -37,6 +39,30 @@ def test_a_state_is_the_mean_of_the_lowest_third_of_the_base(live: BatchedEngine
         hidden = base(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     expected = torch.nn.functional.normalize(hidden[max(1, (len(hidden) - 1) // 3)][0], dim=-1)[1:].mean(0)
     torch.testing.assert_close(live.between_steps(lambda engine: mean_states(engine, [ids]))[0], expected)
+
+
+def test_an_adapter_that_is_no_product_beside_its_linear_is_off(live: BatchedEngine, tmp_path: Path) -> None:
+    """Those that PEFT computes, one at a time."""
+
+    def state() -> torch.Tensor:
+        return live.between_steps(lambda engine: mean_states(engine, [[1, 5, 6, 7]]))
+
+    before = state()
+    torch.manual_seed(0)
+    tuned = get_peft_model(build_llama(), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    randomise(tuned, 1)
+    tuned.save_pretrained(tmp_path / "dora")
+    live.load_adapter("dora", tmp_path / "dora")
+    request = LiveRequest([1, 5, 6], "dora", Sampling(max_new_tokens=4))
+    list(live.submit(request))
+    torch.testing.assert_close(state(), before)
+    assert live.engine.adapters == ("dora",)
+
+
+def test_layers_that_answer_in_another_form_are_refused(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "layer_list", lambda _: torch.nn.ModuleList())
+    with pytest.raises(ModelError, match="no layers that give a state for each token"):
+        live.between_steps(lambda engine: mean_states(engine, [[1, 2]]))
 
 
 def test_of_a_long_text_the_beginning_is_looked_at(live: BatchedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
