@@ -9,9 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-# what the versions of the libraries can break: import, load, train, resume, merge, generate, the hub
+# what the versions of the libraries can break: import, load, train, resume, merge, generate, the hub, chat, serve
 VERSION_TESTS := tests/unit/model/test_load.py tests/unit/model/merge/test_merge.py tests/unit/trainer/test_loop_resume.py \
-  tests/unit/answering/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
+  tests/unit/answering/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py \
+  tests/unit/chatting tests/unit/exporting/test_gguf.py tests/unit/serving tests/integration/test_serve.py
 
 .PHONY: setup quickstart test test-all test-liger test-installed test-oldest test-newest test-gpu test-fake-card prove-gpu lint type docs check clean
 

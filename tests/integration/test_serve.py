@@ -569,7 +569,9 @@ def test_bounds_have_their_codes(small: Server) -> None:
         never = client.post(CHAT, json={**LONG, "n": 8})  # more than may ever wait: 429 would ask to try again
         assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         with ThreadPoolExecutor(2) as pool:
-            held = [pool.submit(client.post, CHAT, json=LONG) for _ in range(2)]
+            held = [pool.submit(client.post, CHAT, json=LONG)]
+            wait_for(lambda: small.metric("num_requests_running") == 1)  # else the second finds the first one waiting
+            held.append(pool.submit(client.post, CHAT, json=LONG))
             wait_for(lambda: small.metric("num_requests_waiting") == 1)
             full = client.post(CHAT, json=LONG)
             assert [one.result().status_code for one in held] == [504, 504]

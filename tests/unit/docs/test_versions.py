@@ -14,9 +14,11 @@ def named(text: str) -> str:
 
 
 def bounds() -> dict[str, str]:
-    """pyproject's lower bounds by name."""
+    """pyproject's lower bounds by name, of what every command needs and of the extras of `chat` and `serve`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", entry).groups() for entry in project["dependencies"])
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["chat"], *extras["serve"]]
+    found = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", entry).groups() for entry in needed)
     return {named(name): version for name, version in found.items()}
 
 
