@@ -29,6 +29,7 @@ from lorafit.exporting.ollama import _template
 from lorafit.exporting.readme import note_quantised, say_base, say_use, say_what
 from lorafit.exporting.source import open_source
 from lorafit.facts import ModelClass
+from lorafit.files.rundir import RunDir
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import AdapterFolder, save_adapter
 from lorafit.model.attach import attach_adapter
@@ -439,9 +440,10 @@ def test_an_author_may_name_the_base(run: Path, tmp_path: Path) -> None:
         _ = ours.base_id
 
 
-def test_the_card_says_which_step_it_is(run: Path, tmp_path: Path) -> None:
-    for checkpoint, said in (("2", "2 of 4"), (None, "4")):
-        place = tmp_path / str(checkpoint)
+def test_the_card_says_which_step_it_is(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for checkpoint, best, said in (("2", None, "2 of 4"), (None, None, "4"), (None, 2, "2 of 4 (best on validation)")):
+        monkeypatch.setattr(RunDir, "best_step", lambda self, best=best: best)
+        place = tmp_path / said
         export(run, to="hub", repo="me/x", dry_run=True, checkpoint=checkpoint, output=place)
         assert f"| optimizer steps | {said} |" in (place / "README.md").read_text()
 
