@@ -121,7 +121,7 @@ def check_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerB
     unlike = [token for token, number in theirs.get_vocab().items() if known.get(token) != number]
     if unlike:
         what = f"its vocabulary is another one: {len(unlike)} of its tokens have no or another number here"
-        raise ModelError(what, file=place, todo="load it by itself")
+        raise ModelError(what, file=place, todo="get its tokenizer files again, or load it by itself")
 
 
 def _base_name(base: Base) -> str:

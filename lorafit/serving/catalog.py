@@ -74,7 +74,7 @@ def open_served(
 
     Raises:
         UsageError: A name of the split is nobody's; or somebody has a name that is not to be had.
-        ModelError: An encoder-decoder is among them.
+        ModelError: An encoder-decoder is among them, or the first adapter has another vocabulary than the base.
     """
     opened = open_several(base, given, checkpoint, base_model, reporter)
     if opened.name in opened.adapters:
@@ -92,6 +92,8 @@ def open_served(
             raise UsageError(f"'{taken}' is the name of {what}", key="--adapter", todo="give it another name")
     for voice in (opened.voice, *(one.voice for one in opened.adapters.values())):
         _require_decoder(voice)
+    if opened.first.folder is not None:  # answers are decoded by its tokenizer, the base's too
+        check_vocabulary(opened.voice.tokenizer, opened.first.voice.tokenizer, str(opened.first.folder))
     return opened
 
 
@@ -127,7 +129,6 @@ class Catalog:
         self._tokenizer = opened.first.voice.tokenizer
         root = opened.base.reference[0]
         self.base = Served(opened.name, None, opened.voice, "", root)
-        check_vocabulary(opened.voice.tokenizer, self._tokenizer, root)
         self._served, self._lock = {opened.name: self.base}, threading.Lock()
         for name, answerer in opened.adapters.items():
             self._add(name, answerer)

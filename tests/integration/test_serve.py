@@ -489,9 +489,9 @@ def make_nan(folder: Path) -> None:
     save_file({name: value * float("nan") for name, value in load_file(file).items()}, file)
 
 
-def swap_tokens(folder: Path) -> None:
+def swap_tokens(folder: Path, base: Path | None = None) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder.parent / "base" / name, folder)
+        shutil.copy((base or folder.parent / "base") / name, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -628,8 +628,9 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
     base, port = str(world.base), server.url.rsplit(":", 1)[1]
     peft = foreign_adapter(world.root / "peft", world.base)
     foreign_adapter(world.root / "foreign", make_base(world.root / "other", seed=9))
-    for name in ("cut", "bare"):
+    for name in ("cut", "bare", "swapped"):
         shutil.copytree(peft, world.root / name)
+    swap_tokens(world.root / "swapped", world.base)
     cut_weights(world.root / "cut")
     (world.root / "bare" / "adapter_model.safetensors").unlink()
     for arguments, code, *says in (
@@ -652,6 +653,7 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--feedback", str(world.base / "model.safetensors")), 4, "model.safetensors"),
         ((base, "--port", "99999"), 2, "--port", "65535"),
         ((base, "--adapter", "a=cut"), 5, "adapter_model.safetensors: is incomplete"),
+        ((base, "--adapter", "a=swapped"), 5, "swapped: its vocabulary is another one: 2 of its tokens"),
         ((base, "--adapter", "a=bare"), 5, "bare: adapter_model.safetensors is missing"),
         ((base, "--adapter", "a=foreign"), 5, "foreign: trained on"),
         (("nowhere/at/all",), 5, "nowhere/at/all"),
