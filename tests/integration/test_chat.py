@@ -108,10 +108,10 @@ def test_what_cannot_be_talked_with_is_one_sentence(runs: World, monkeypatch: py
     for arguments, code, says in (
         (["shops"], 2, ["no such file or folder", "did you mean shop?"]),
         (["nowhere.gguf"], 5, ["nowhere.gguf"]),
-        (["d.jsonl"], 3, ["d.jsonl", "looks like rows"]),
+        (["d.jsonl"], 2, ["d.jsonl", "is no run, recipe or adapter"]),
         (["shop", "--adapter", "first"], 2, ["--adapter", "names no adapter and its folder", "shop=runs/shop"]),
         (["shop", "--adapter", "x=nowhere"], 2, ["nowhere", "no such file"]),
-        (["shop", "--adapter", "x=d.jsonl"], 3, ["d.jsonl"]),
+        (["shop", "--adapter", "x=d.jsonl"], 2, ["d.jsonl"]),
         (["shop/adapter/adapter_config.json"], 2, ["is one file of a run", "name the folder that it lies in"]),
         (["shop", "--adapter", "x=broken/adapter_model.safetensors"], 2, ["is one file of an adapter", "name the fol"]),
         (["other/config.json"], 2, ["is one file of a model; name the folder that it lies in: other"]),

@@ -642,7 +642,7 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--adapter", f"a={base}"), 2, "is a whole model"),
         ((base, "--adapter", "a=peft", "--adapter", "a=peft"), 2, "two adapters are called 'a'"),
         ((base, "--adapter", "base=peft"), 2, "the base is called 'base' too"),
-        ((base, "--adapter", "a=d.jsonl"), 3, "d.jsonl"),
+        ((base, "--adapter", "a=d.jsonl"), 2, "d.jsonl"),
         ((base, "--checkpoint", "best"), 2, "--checkpoint: "),
         ((base, "--split", "a=0.5,base=0.5"), 2, "--split: 'a' is not served"),
         ((base, "--split", "base=0.5"), 2, "--split: the shares are 0.5 together"),
