@@ -43,7 +43,7 @@ class Limits:
     Attributes:
         rows: Requests that are answered at the same time.
         tokens: Bound of rows x (longest prompt + answer): memory for keys and values.
-        waiting: Requests that wait for room; one more is refused.
+        waiting: Requests that wait beside so many that are answered; one more is refused.
     """
 
     rows: int = 16
@@ -142,8 +142,8 @@ class BatchedEngine:
                 what = f"a prompt of {counted(len(prompt), 'token')} leaves room for {max(room, 0):,} more, and "
                 what += f"{sampling.max_new_tokens:,} are asked for"
                 raise UsageError(what, key="max_new_tokens", todo="shorten the prompt or ask for fewer")
-            if len(self._waiting) >= self.limits.waiting:
-                running, waiting = len(self._running()), len(self._waiting)
+            running, waiting = len(self._running()), len(self._waiting)
+            if running + waiting >= self.limits.rows + self.limits.waiting:  # a free place is taken at the next turn
                 what = f"{running} requests are being answered and {waiting} wait, the most that may"
                 raise QueueFull(what, todo="ask again later")
             ticket = Ticket(request, self._virtual_tokens(request.adapter) + len(prompt), wake)

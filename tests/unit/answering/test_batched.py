@@ -72,9 +72,9 @@ def test_a_full_line_is_told_with_its_numbers(tokenizer: Any) -> None:
     holder = threading.Thread(target=live.between_steps, args=[hold])
     holder.start()
     held.wait()
-    tickets = [ask(live, "a"), ask(live, "b")]
-    with pytest.raises(QueueFull, match="0 requests are being answered and 2 wait"):
-        ask(live, "c")
+    tickets = [ask(live, "a"), ask(live, "b"), ask(live, "c")]  # the first has a place, which it takes at the next turn
+    with pytest.raises(QueueFull, match="0 requests are being answered and 3 wait"):
+        ask(live, "d")
     go_on.set()
     holder.join()
     assert all(len(text_of(ticket)) > 3 for ticket in tickets)
