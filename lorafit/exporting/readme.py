@@ -145,19 +145,18 @@ def _packed(source: Source) -> str:
 
 def _asked(source: Source, auto: str) -> list[str]:
     """Lines behind those that open it."""
-    is_chat = source.companions.templates.get(DEFAULT) is not None if source.card is None else source.card.chat
+    card, verbatim = source.card, ['inputs = tokenizer("A text of yours.", return_tensors="pt").to(model.device)']
+    is_chat = source.companions.templates.get(DEFAULT) is not None if card is None else card.chat
     if auto not in (CAUSAL_MODEL.auto_class, SEQ2SEQ_CLASS, _SEES):
-        return [
-            'inputs = tokenizer("A text of yours.", return_tensors="pt").to(model.device)',
-            "print(model(**inputs).logits.softmax(-1))",
-        ]
+        scores = {} if card is None else card.model_class.config
+        is_one = scores.get("num_labels") == 1  # a reward
+        return [*verbatim, f"print(model(**inputs).logits{'' if is_one else '.softmax(-1)'})"]
     content = '[{"type": "text", "text": "What can you do?"}]' if auto == _SEES else '"What can you do?"'
     rendered = "messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors"
     asking = [
         f'messages = [{{"role": "user", "content": {content}}}]',
         f'inputs = tokenizer.apply_chat_template({rendered}="pt").to(model.device)',
     ]
-    verbatim = ['inputs = tokenizer("A text of yours.", return_tensors="pt").to(model.device)']
     ends = (source.companions.generation or {}).get("eos_token_id")
     stop = "" if ends is None else f", eos_token_id={ends}"
     new = "answer[0]" if auto == SEQ2SEQ_CLASS else 'answer[0, inputs["input_ids"].shape[1] :]'

@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -265,18 +266,19 @@ def test_a_push_that_fails_is_told_and_keeps_nothing(
     run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the library raises for a network: and the same command can be given again."""
-    import httpx2
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    request = httpx2.Request("POST", "https://huggingface.co/api/repos/create")
-    unknown = httpx2.ConnectError("[Errno -2] Name or service not known", request=request)
+    client: Any = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])  # httpx, or what it is by now
+    request = client.Request("POST", "https://huggingface.co/api/repos/create")
+    unknown = client.ConnectError("[Errno -2] Name or service not known", request=request)
     unknown.__cause__ = socket.gaierror(-2, "Name or service not known")
     failures: list[tuple[Exception, str]] = [
         (unknown, "nothing was pushed: the hub cannot be reached (no address for"),
-        (httpx2.ConnectTimeout("timed out", request=request), "gave no answer for 10 seconds); connect, and"),
-        (httpx2.ProxyError("403", request=request), "nothing was pushed: the proxy refuses the hub; check HTTPS_PROXY"),
+        (client.ConnectTimeout("timed out", request=request), "gave no answer for 10 seconds); connect, and"),
+        (client.ProxyError("403", request=request), "nothing was pushed: the proxy refuses the hub; check HTTPS_PROXY"),
         (ssl.SSLCertVerificationError("self-signed"), "nothing was pushed: the certificate of"),
-        (httpx2.LocalProtocolError("Illegal header value b'Bearer secret'"), "HF_TOKEN holds what no token holds"),
+        (client.LocalProtocolError("Illegal header value b'Bearer secret'"), "HF_TOKEN holds what no token holds"),
         (RuntimeError("CAS service failed"), "the hub took nothing: CAS service failed"),  # its second library
     ]
     for failure, message in failures:
@@ -337,6 +339,9 @@ def test_the_card_opens_a_classifier_with_its_own_class(run: Path, monkeypatch: 
     text = say_use(grown, "me/shop")
     assert "AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=3)" in text
     assert "model.resize_token_embeddings(len(tokenizer))" in text and "CausalLM" not in text
+    assert "print(model(**inputs).logits.softmax(-1))" in text
+    monkeypatch.setattr(type(source.card), "model_class", replace(head, config={"num_labels": 1}))
+    assert "print(model(**inputs).logits)" in say_use(grown, "me/shop")  # a reward is no share of anything
 
 
 def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
