@@ -2,8 +2,8 @@
 
     python benchmarks/exact_logits.py RUN
 
-RUN is a run of a Llama, such as the quickstart's; llama-cpp-python must be installed. The reference is a forward of this
-file, wholly in fp64, over the base's weights with the updates added. It takes minutes.
+RUN is a run of a Llama, such as the quickstart's; llama-cpp-python must be installed. The reference is a forward of
+this file, wholly in fp64, over the base's weights with the updates added. It takes minutes.
 """
 
 from __future__ import annotations
