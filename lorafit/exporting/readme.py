@@ -148,9 +148,10 @@ def _asked(source: Source, auto: str) -> list[str]:
     card, verbatim = source.card, ['inputs = tokenizer("A text of yours.", return_tensors="pt").to(model.device)']
     is_chat = source.companions.templates.get(DEFAULT) is not None if card is None else card.chat
     if auto not in (CAUSAL_MODEL.auto_class, SEQ2SEQ_CLASS, _SEES):
-        scores = {} if card is None else card.model_class.config
-        is_one = scores.get("num_labels") == 1  # a reward
-        return [*verbatim, f"print(model(**inputs).logits{'' if is_one else '.softmax(-1)'})"]
+        head = {} if card is None else card.model_class.config
+        is_number = head.get("num_labels") == 1 or head.get("problem_type") == "regression"  # one: a reward
+        shares = ".sigmoid()" if head.get("problem_type") == "multi_label_classification" else ".softmax(-1)"
+        return [*verbatim, f"print(model(**inputs).logits{'' if is_number else shares})"]
     content = '[{"type": "text", "text": "What can you do?"}]' if auto == _SEES else '"What can you do?"'
     rendered = "messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors"
     asking = [

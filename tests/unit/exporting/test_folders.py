@@ -340,8 +340,13 @@ def test_the_card_opens_a_classifier_with_its_own_class(run: Path, monkeypatch: 
     assert "AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=3)" in text
     assert "model.resize_token_embeddings(len(tokenizer))" in text and "CausalLM" not in text
     assert "print(model(**inputs).logits.softmax(-1))" in text
-    monkeypatch.setattr(type(source.card), "model_class", replace(head, config={"num_labels": 1}))
-    assert "print(model(**inputs).logits)" in say_use(grown, "me/shop")  # a reward is no share of anything
+    for config, printed in (
+        ({"num_labels": 1}, "print(model(**inputs).logits)"),  # a reward is no share of anything
+        ({"num_labels": 2, "problem_type": "regression"}, "print(model(**inputs).logits)"),
+        ({"num_labels": 2, "problem_type": "multi_label_classification"}, "print(model(**inputs).logits.sigmoid())"),
+    ):
+        monkeypatch.setattr(type(source.card), "model_class", replace(head, config=config))
+        assert printed in say_use(grown, "me/shop")
 
 
 def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
