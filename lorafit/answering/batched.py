@@ -333,7 +333,9 @@ class BatchedEngine:
             while self._waiting and self._has_room(self._waiting[0]):
                 row = self._waiting.popleft()
                 self._lone.append(LoneRow(self._adapters, row))
-                self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens * row.ticket.request.counts
+                asked = row.ticket.request
+                is_told = asked.counts and not asked.repeats
+                self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens * is_told
 
     def _has_room(self, row: LiveRow) -> bool:
         running = [*self._running(), row]

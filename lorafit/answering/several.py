@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from lorafit.answering.opening import Answerer, Voice, open_answerer, open_plain_model
 from lorafit.contracts import Reporter, Sample
-from lorafit.errors import DataError, ModelError, UsageError
+from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.files.portable import is_local_path
 from lorafit.model.adapter import AdapterFolder, read_adapter
-from lorafit.model.base import Base, is_gguf, read_base, resolve_base
+from lorafit.model.base import Base, base_text, is_gguf, read_base, resolve_base
 from lorafit.recipe.schema import ModelSection
 from lorafit.run.workspace import check_answerable, is_lone_adapter, is_model, open_run
 
@@ -60,6 +60,7 @@ def open_several(
         UsageError: A name is taken twice.
         LorafitError: What `open_answerer` says.
     """
+    base = base_text(base)
     path, adapters = Path(base).expanduser(), dict[str, Answerer]()
     for folder in given.values():
         check_answerable(folder, None)
@@ -74,7 +75,7 @@ def open_several(
         key = "--checkpoint" if checkpoint is not None else "--base-model"
         raise UsageError("a base has none", key=key, todo="leave it out, or name a run")
     else:
-        found = resolve_base(ModelSection(base=base), Path.cwd(), reporter)
+        found = _resolve(base, reporter)
     for name, folder in given.items():
         adapters[name] = open_on_base(folder, found, tokenizers_of(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
@@ -83,12 +84,22 @@ def open_several(
     return Opened(found, called, plain.voice, next(iter(adapters.values()), plain), adapters)
 
 
+def _resolve(base: str, reporter: Reporter) -> Base:
+    """A base that no recipe names, so that no error may speak of one."""
+    try:
+        return resolve_base(ModelSection(base=base), Path.cwd(), reporter)
+    except LorafitError as error:
+        error.key = None if error.key == "model.base" else error.key
+        raise
+
+
 def _refuse_slip(path: Path) -> None:
     """A name that was meant for something on this disk; else the hub would be asked for it."""
     try:
         check_answerable(path, None)
     except UsageError as error:
-        if (error.todo or "").startswith("did you mean") or (path.parent != Path() and path.parent.is_dir()):
+        is_path = is_local_path(str(path)) or len(path.parts) > 2 or (path.parent != Path() and path.parent.is_dir())
+        if (error.todo or "").startswith("did you mean") or is_path:
             raise
 
 

@@ -28,6 +28,7 @@ class LiveRequest:
         top_logprobs: How many of the likeliest tokens are told at each place, beside the chosen one's own
             log-probability; None: neither.
         counts: Whether it is one of the engine's figures; a look at its health is not.
+        repeats: Whether it is one more answer to a prompt whose tokens are in the figures by another request.
     """
 
     prompt_ids: Sequence[int]
@@ -37,6 +38,7 @@ class LiveRequest:
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int | None = None
     counts: bool = True
+    repeats: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,13 @@ def is_gguf(text: str) -> bool:
     return text.startswith(PACKAGE_SCHEME) or text.lower().endswith(".gguf")
 
 
+def base_text(given: str | Path) -> str:
+    """A base as its user wrote it, of whom a path may have taken one of the slashes of `package://`."""
+    text = str(given)
+    slip = PACKAGE_SCHEME.removesuffix("/")
+    return text.replace(slip, PACKAGE_SCHEME, 1) if text.startswith(slip) and PACKAGE_SCHEME not in text else text
+
+
 def resolve_base(model: ModelSection, folder: Path, reporter: Reporter) -> Base:
     """The base model that `model.base` names, downloaded or converted if need be.
 
@@ -188,7 +195,7 @@ def _locate(text: str, folder: Path) -> tuple[Source, Path | None]:
     """
     if text.startswith(PACKAGE_SCHEME):
         return "package", file_in_package(text)
-    written, todo = Path(text).expanduser(), "check the path; it is relative to the recipe"
+    written, todo = Path(text).expanduser(), f"check the path; it begins in {folder.absolute()}"
     path = folder / written
     if is_gguf(text):
         if path.is_file():

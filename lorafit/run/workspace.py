@@ -166,9 +166,8 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
         folder, checkpoint = (path, None) if is_run(path) else _find_run_around(path)
         run = RunDir(folder)
         if not is_run(folder):
-            raise CheckpointError(
-                "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
-            )
+            todo = "name a run folder, its recipe or an adapter folder"
+            raise CheckpointError("is no run folder (no manifest.json)", file=str(path), todo=todo)
         loaded = load_recipe(run.recipe, overrides, flags_from=Path())  # nobody wrote them beside that recipe
     elif path.suffix not in (".yaml", ".yml") and path.is_file() and (what := _what_holds(path.absolute().parent)):
         raise UsageError(

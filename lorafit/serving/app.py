@@ -42,6 +42,10 @@ def build_app(service: Service) -> ASGIApp:
 async def _tell(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         told = of_validation(error.errors(), _fields(request))
+        if told.param is None and "json" not in (request.headers.get("content-type") or ""):
+            told = ApiError(
+                400, "the body was not sent as JSON; send it with the header Content-Type: application/json"
+            )
     elif isinstance(error, HTTPException) and error.status_code == 400:  # fastapi's, of a body that json cannot read
         told = unreadable()
     elif isinstance(error, HTTPException):
@@ -96,6 +100,8 @@ class Gate:
                 seconds, note = time.perf_counter() - began, scope["state"].get("note")
                 parts = (f"{scope['method']} {scope['path'][:_SHOWN_CHARACTERS]} {status}", note, f"{seconds:.2f} s")
                 line = ", ".join(filter(None, parts))  # of which a client may have written any letter
+                if (code := scope["state"].get("failed", status)) >= 400:
+                    self._service.metrics.http_error(code)
                 self._service.reporter.info("".join(one if one.isprintable() else "�" for one in line))
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -181,7 +181,7 @@ class Catalog:
     def require(self, served: Served) -> None:
         """Raises ApiError where it is not served any more; its name may be another one's by now."""
         if self._find(served.name) is not served:
-            raise unknown_model(served.name, list(self._served))
+            raise self._unknown(served.name, "model")
 
     def all(self) -> list[Served]:
         """The base, then the adapters in the order in which they came."""
@@ -194,6 +194,9 @@ class Catalog:
             UsageError: The name is taken.
             LorafitError: It is none, is broken, or fits another base, vocabulary or template.
         """
+        if folder.suffix in (".yaml", ".yml") and not folder.is_dir():  # a recipe would lead to any other folder
+            what = "is no folder; recipes are not followed here"
+            raise UsageError(what, file=str(folder), todo="name an adapter folder or a run folder")
         with self._lock:
             if name in self._served or name in self._names:
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
@@ -210,7 +213,7 @@ class Catalog:
             UsageError: It is the base.
         """
         with self._lock:  # not while it waits: others come and go meanwhile
-            served = self._find(name)
+            served = self._find(name, "lora_name")
             if served.adapter is None:
                 raise UsageError("the base cannot be unloaded", key="lora_name", todo="name an adapter")
             if self.split is not None and name in self.split.shares:
@@ -236,13 +239,18 @@ class Catalog:
             return {**self.to_json(self.base.name), "id": name, "root": root, "parent": self.base.name}
         return self._told(self._find(name))
 
-    def _find(self, name: str) -> Served:
+    def _find(self, name: str, param: str = "model") -> Served:
         served = self._served
-        if name == AUTO_NAME and name not in served:
-            raise ApiError(404, _UNROUTED, param="model", code="model_not_found")
         if name not in served:
-            raise unknown_model(name, list(served))
+            raise self._unknown(name, param)
         return served[name]
+
+    def _unknown(self, name: str, param: str) -> ApiError:
+        """What is told of a name that is nobody's; `param`: the field that holds it."""
+        if param == "model" and name == AUTO_NAME and not self._routes:
+            return ApiError(404, _UNROUTED, param=param, code="model_not_found")
+        known = [*self._served, *(sorted(self._names) if param == "model" else ())]
+        return unknown_model(name, known, param)
 
     def _told(self, served: Served) -> JsonObject:
         names = {"id": served.name, "object": "model", "created": served.created, "owned_by": "lorafit"}

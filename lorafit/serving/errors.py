@@ -16,6 +16,27 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _USERS = (UsageError, DataError, ModelError, CheckpointError, SafetyError)
 _RETRY_SECONDS = 1
 
+_PLAIN = {
+    "too_short": "is an empty list; send at least {min_length}",
+    "too_long": "has more than {max_length} entries; send fewer",
+    "string_too_short": "is an empty text",
+    "string_too_long": "is longer than {max_length:,} characters",
+    "string_pattern_mismatch": "does not match {pattern}",
+    "greater_than_equal": "is less than {ge:g}, the least that is taken",
+    "less_than_equal": "is more than {le:g}, the most that is taken",
+    "finite_number": "is no finite number",
+    "int_type": "is no whole number",
+    "float_type": "is no number",
+    "bool_type": "is neither true nor false",
+    "string_type": "is no text",
+    "list_type": "is no list",
+    "dict_type": "is no JSON object",
+    "model_type": "is no JSON object",
+    "model_attributes_type": "is no JSON object",
+    "literal_error": "is none of {expected}",
+}
+"""What is told by pydantic's kinds of errors, whose own words speak of Python."""
+
 
 class ApiError(Exception):
     """An answer that says why there is none.
@@ -63,10 +84,10 @@ def client_gone() -> ApiError:
     return ApiError(499, "the client hung up")
 
 
-def unknown_model(name: str, known: Sequence[str]) -> ApiError:
-    """What a request for a model gets that is not served."""
+def unknown_model(name: str, known: Sequence[str], param: str = "model") -> ApiError:
+    """What a request for a model gets that is not served; `param`: the field that names it."""
     message = f"no model is called '{name[:80]}'; {did_you_mean(name[:80], known)}served: {', '.join(known)}"
-    return ApiError(404, message, param="model", code="model_not_found")
+    return ApiError(404, message, param=param, code="model_not_found")
 
 
 def unreadable() -> ApiError:
@@ -97,7 +118,10 @@ def of_validation(found: Sequence[Mapping[str, object]], known: Sequence[str]) -
     place = first.get("loc", ())
     names = [str(part) for part in place if part != "body"] if isinstance(place, list | tuple) else []
     param = ".".join(names) or None
-    kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ")
+    kind, given = str(first["type"]), first.get("ctx")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if kind in _PLAIN:
+        message = _PLAIN[kind].format_map(given if isinstance(given, dict) else {})
     if kind == "json_invalid":
         return unreadable()
     if kind == "missing" and param is None:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.errors import DataError, UsageError
 from lorafit.files.strict_json import parse_json
@@ -68,10 +69,13 @@ class Feedback:
         """Writes a rating; an answer is rated once.
 
         Raises:
-            ApiError: The answer is not known, or not any more.
+            ApiError: The answer is not known, or not any more; or it has no such choice.
         """
         size, rows = self._answers.get(name, (0, []))
-        if choice >= len(rows):
+        if rows and choice >= len(rows):
+            what = f"the answer has {counted(len(rows), 'choice')}, the first of which is 0, and no {choice}"
+            raise ApiError(400, what, param="choice")
+        if not rows:
             raise ApiError(404, f"no answer '{name[:80]}' waits for its rating", param="id", code="answer_not_found")
         row = {**rows[choice], "label": is_good, "id": name}
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)

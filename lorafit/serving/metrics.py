@@ -62,10 +62,14 @@ class Metrics:
 
         self._first = histogram("time_to_first_token_seconds", "Wait for a first token.", _FIRST_TOKEN_SECONDS)
         self._whole = histogram("e2e_request_latency_seconds", "Time of whole answers.", _ANSWER_SECONDS)
-        self._asked = histogram("request_prompt_tokens", "Lengths of prompts.", _TOKENS)
+        self._asked = histogram(
+            "request_prompt_tokens", "Lengths of prompts, each told once however many answers it gets.", _TOKENS
+        )
         self._answered = histogram("request_generation_tokens", "Lengths of whole answers.", _TOKENS)
         text = "Answers that begin as one does that declines."
         self._refused = Counter("lorafit:request_refusals", text, _LABELS, registry=self._registry)
+        text = "Requests that were refused or failed, by the HTTP code; of a stream that of its error event."
+        self._errors = Counter("lorafit:http_errors", text, ("model_name", "code"), registry=self._registry)
         self._told = (self._first, self._whole, self._asked, self._answered, self._refused)
 
     def forget(self, adapter: str) -> None:
@@ -81,15 +85,20 @@ class Metrics:
         if self._is_served(adapter):
             self._first.labels(self._model_name, adapter or "").observe(seconds)
 
-    def end(self, adapter: str | None, seconds: float, prompt_tokens: int, tokens: int, text: str) -> None:
-        """A whole answer was there after this time."""
+    def end(self, adapter: str | None, seconds: float, prompt_tokens: int | None, tokens: int, text: str) -> None:
+        """A whole answer was there after this time; to a prompt of another answer where no length of it is told."""
         if not self._is_served(adapter):
             return
         labels = self._model_name, adapter or ""
         self._whole.labels(*labels).observe(seconds)
-        self._asked.labels(*labels).observe(prompt_tokens)
+        if prompt_tokens is not None:
+            self._asked.labels(*labels).observe(prompt_tokens)
         self._answered.labels(*labels).observe(tokens)
         self._refused.labels(*labels).inc(declines(text))
+
+    def http_error(self, code: int) -> None:
+        """A request was refused, or failed."""
+        self._errors.labels(self._model_name, str(code)).inc()
 
     def register(self, collector: Collector) -> None:
         """Takes figures of somebody else's up."""
@@ -107,7 +116,11 @@ class Metrics:
             gauge.add_metric([name], number)
             yield gauge
         for key, text, tokens in (
-            ("prompt_tokens", "Tokens of prompts.", figures.prompt_tokens),
+            (
+                "prompt_tokens",
+                "Tokens of prompts, each counted once however many answers it gets.",
+                figures.prompt_tokens,
+            ),
             ("generation_tokens", "Tokens of answers.", figures.written_tokens),
         ):
             counter = CounterMetricFamily(f"lorafit:{key}", text, labels=_LABELS)
@@ -115,7 +128,8 @@ class Metrics:
                 if self._is_served(adapter):
                     counter.add_metric([name, adapter or ""], number)
             yield counter
-        ended = CounterMetricFamily("lorafit:request_success", "Answers, by end.", labels=(*_LABELS, "finished_reason"))
+        text = "Answers that are over, by end: a request for several counts as many."
+        ended = CounterMetricFamily("lorafit:request_success", text, labels=(*_LABELS, "finished_reason"))
         for (adapter, reason), number in figures.finished.items():
             if reason in _REASONS and self._is_served(adapter):
                 ended.add_metric([name, adapter or "", _REASONS[reason]], number)

@@ -15,7 +15,7 @@ from sse_starlette import EventSourceResponse
 
 from lorafit.contracts import JsonObject, Sample
 from lorafit.data.prompt_texts import asked_text
-from lorafit.errors import DataError
+from lorafit.errors import DataError, UsageError
 from lorafit.kinds.formats import formats
 from lorafit.serving.catalog import Served
 from lorafit.serving.errors import ApiError, as_api_error, client_gone, shutting_down
@@ -45,7 +45,8 @@ async def chat(body: ChatBody, request: Request) -> Response:
     sample = _read_chat(body.messages, tools)
     served = await service.catalog.find(body.model, asked_text(sample), body.user)
     prompt = await _asked(service, served, sample)
-    order = Order(body.sampling, body.longest, body.stops, body.wanted_logprobs, body.n or 1)
+    bounded_by = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    order = Order(body.sampling, body.longest, body.stops, body.wanted_logprobs, body.n or 1, bounded_by=bounded_by)
     writings = service.write(served, [prompt], order)
     chats = served.voice.chats
     reads = tools and chats is not None and any(map(writes_calls, chats.templates.values()))
@@ -61,12 +62,12 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     """What the model writes behind a text, or behind several."""
     service = _service(request)
     texts = [one for one in body.prompt if isinstance(one, str)]
-    service.bound(*texts, answers=len(body.prompt) * (body.n or 1))
+    service.bound(*texts, answers=len(body.prompt) * (body.n or 1), asked_by="prompt")
     looked_at = body.prompt if service.catalog.router is not None else []
     asked = "\n\n".join(one if isinstance(one, str) else service.catalog.text_of(one) for one in looked_at)
     served = await service.catalog.find(body.model, asked, body.user)
     prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompt]
-    order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1)
+    order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1, "prompt")
     writings = service.write(served, prompts, order)
     choices = [Choice(writing) for writing in writings]
     decode = _decoder(served) if body.logprobs is not None else None
@@ -78,11 +79,12 @@ async def complete(body: CompletionBody, request: Request) -> Response:
 async def generate(body: GenerateBody, request: Request) -> Response:
     """An answer to one prompt, asked as `lorafit generate` asks it."""
     service = _service(request)
-    service.bound(body.prompt)
+    service.bound(body.prompt, asked_by="prompt")
     sample = Sample("", 0, prompt=body.prompt)
     served = await service.catalog.find(body.model, asked_text(sample))
     prompt = await _asked(service, served, sample)
-    writings = service.write(served, [prompt], Order(body.sampling, body.max_new_tokens))
+    order = Order(body.sampling, body.max_new_tokens, asked_by="prompt", bounded_by="max_new_tokens")
+    writings = service.write(served, [prompt], order)
     form = TextForm(served.name, writings, [Choice(writings[0])], 1, None)
     await _finish(request, form)
     choice = form.choices[0]
@@ -166,6 +168,7 @@ async def _change(service: Service, work: Callable[[], object], param: str) -> N
     try:
         await asyncio.to_thread(work)
     except Exception as error:
+        param = "lora_name" if isinstance(error, UsageError) and error.key == "lora_name" else param
         raise (shutting_down() if service.is_closing else as_api_error(error, param=param)) from error
 
 
@@ -206,6 +209,7 @@ async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncItera
     def event(value: JsonObject) -> JsonObject:
         return {"data": json.dumps(value, ensure_ascii=False)}
 
+    failed: ApiError | None = client_gone()  # where nothing below is reached
     try:
         async for number, piece in _service(request).follow(form.writings):
             for chunk in form.last_chunks(number) if piece is None else form.chunks(number, piece):
@@ -213,10 +217,12 @@ async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncItera
         if tells_usage:
             yield event(form.usage_chunk())
         _remember(request, form)
+        failed = None
     except Exception as error:  # the status is sent: nobody else could tell
-        yield event(as_api_error(error).to_json())
+        failed = as_api_error(error)
+        yield event(failed.to_json())
     finally:
-        _note(request, form)
+        _note(request, form, failed)
     yield {"data": "[DONE]"}
 
 
@@ -248,10 +254,13 @@ def _remember(request: Request, form: Form) -> None:
         feedback.remember(form.id, rows)
 
 
-def _note(request: Request, form: Form) -> None:
-    """For the line in the log."""
+def _note(request: Request, form: Form, failed: ApiError | None = None) -> None:
+    """For the line in the log, and what failed once the status was sent."""
     usage = form.usage
     request.state.note = f"{form.model}, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
+    if failed is not None:
+        request.state.note += f", ended by {failed.status}, {failed.note}"
+        request.state.failed = failed.status
 
 
 async def _unless_gone(request: Request, work: Coroutine[None, None, Made]) -> Made:

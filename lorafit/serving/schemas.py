@@ -66,8 +66,8 @@ class _Body(_Strict):
 
     usual_temperature: ClassVar[float]
 
-    temperature: float | None = Field(default=None, ge=0, le=10)
-    top_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=10, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = None
 
     def sampling(self, longest: int) -> Sampling:
@@ -160,6 +160,14 @@ class ChatBody(_OpenAiBody):
     def _is_beside_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
             raise ValueError("is only beside log-probabilities; send logprobs: true too, or leave it out")
+        return value
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _is_one_bound(cls, value: int | None, info: ValidationInfo) -> int | None:
+        other = info.data.get("max_tokens")
+        if value is not None and other is not None and value != other:
+            raise ValueError(f"is {value}, and max_tokens is {other}; send one of them")
         return value
 
     @field_validator("messages", "tools")

@@ -10,13 +10,13 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.console.arguments import check_arguments, read_adapters
 from lorafit.console.reporting import Printed, say
-from lorafit.console.wording import counted, near, quantised_as
+from lorafit.console.wording import agreed, counted, near, quantised_as
 from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.errors import StoppedBySignal, UsageError
 from lorafit.serving.settings import KEY_VARIABLE, Settings, read_key
@@ -42,6 +42,7 @@ class ServedAll(Printed):
         prompt_tokens: Of their prompts.
         written_tokens: Of the answers.
         signal_number: What ended it; None where no signal did.
+        cut: Requests that were still running when the grace was over.
     """
 
     address: str
@@ -49,22 +50,35 @@ class ServedAll(Printed):
     prompt_tokens: int
     written_tokens: int
     signal_number: int | None
+    cut: int = 0
 
     def to_json(self) -> JsonObject:
         """Plain values."""
         tokens = {"prompt_tokens": self.prompt_tokens, "written_tokens": self.written_tokens}
-        return {"address": self.address, "answers": dict(self.answers), **tokens, "signal": self.signal_number}
+        return {
+            "address": self.address,
+            "answers": dict(self.answers),
+            **tokens,
+            "signal": self.signal_number,
+            "cut": self.cut,
+        }
 
     def render(self, console: Console) -> None:
         """One line."""
         named = ", ".join(f"{name} {number:,}" for name, number in self.answers.items())
         told = f"{counted(sum(self.answers.values()), 'answer')}{f' ({named})' if named else ''}"
-        say(console, f"{told}, {counted(self.written_tokens, 'token')} written to {self.prompt_tokens:,} of prompts")
+        tokens = f"{counted(self.written_tokens, 'token')} written to {self.prompt_tokens:,} of prompts"
+        say(console, "; ".join(filter(None, (f"{told}, {tokens}", self._told_cut()))))
 
     def raise_if_interrupted(self) -> None:
         """Ends as every command that Ctrl-C stops; SIGTERM is how a server is ended, and no fault."""
         if self.signal_number == signal.SIGINT:
-            raise StoppedBySignal("stopped by SIGINT; running answers have ended", signal_number=signal.SIGINT)
+            what = f"stopped by SIGINT; {self._told_cut() or 'running answers have ended'}"
+            raise StoppedBySignal(what, signal_number=signal.SIGINT)
+
+    def _told_cut(self) -> str:
+        requests = f"{counted(self.cut, 'running request')} {agreed(self.cut, 'was', 'were')}"
+        return f"{requests} cut off after --grace" if self.cut else ""
 
 
 def serve(
@@ -129,7 +143,7 @@ def serve(
             received = run_server(build_app(service), service, bound, lambda: reporter.info("\n".join(lines)))
         finally:
             engine.close(finish=False)
-    return _sum_up(address, catalog, engine.figures(), received)
+    return replace(_sum_up(address, catalog, engine.figures(), received), cut=service.cut)
 
 
 def _require_packages() -> None:

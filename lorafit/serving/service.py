@@ -43,6 +43,7 @@ class Order:
         stops: Texts that end an answer.
         top_logprobs: See `LiveRequest`.
         choices: Answers to each prompt, each with a seed of its own.
+        asked_by, bounded_by: The request's fields that hold the prompt and the longest answer.
     """
 
     sampling: Callable[[int], Sampling]
@@ -50,6 +51,8 @@ class Order:
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
     choices: int = 1
+    asked_by: str = "messages"
+    bounded_by: str = "max_tokens"
 
 
 class Service:
@@ -64,6 +67,7 @@ class Service:
 
     Attributes:
         failed: See `BatchedEngine`.
+        cut: Requests that were running when the grace was over.
         is_closing: Whether new requests are turned away.
         running: Requests that are being answered.
     """
@@ -84,14 +88,15 @@ class Service:
             self.metrics.register(catalog.router)
         self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
         self._probe: asyncio.Task[None] | None = None
-        self.is_closing, self.running, self._rendering = False, 0, 0
+        self.is_closing, self.running, self.cut, self._rendering = False, 0, 0, 0
 
-    def bound(self, *texts: str, answers: int = 1) -> None:
+    def bound(self, *texts: str, answers: int = 1, asked_by: str = "messages") -> None:
         """Looks at a request before any work goes into it, for which others would wait.
 
         Args:
             texts: Its prompts.
             answers: How many it asks for.
+            asked_by: See `Order`.
 
         Raises:
             ApiError: A text is longer than any prompt, or more answers are asked for than may ever wait.
@@ -102,7 +107,7 @@ class Service:
         longest = max(map(len, texts), default=0)
         if longest > room * _CHARACTERS_A_TOKEN:
             what = f"the longest prompt with its answer is {room:,} tokens here, and a text of {longest:,} characters "
-            raise ApiError(400, f"{what}is more; shorten it", param="messages", code="context_length_exceeded")
+            raise ApiError(400, f"{what}is more; shorten it", param=asked_by, code="context_length_exceeded")
 
     async def ask(self, served: Served, sample: Sample) -> list[int]:
         """The tokens of a chat or prompt, as training rendered what stood before an answer."""
@@ -121,11 +126,12 @@ class Service:
         writings: list[Writing] = []
         try:
             for prompt in prompts:
-                sampling = order.sampling(self._longest(served, len(prompt), order.longest))
+                sampling = order.sampling(self._longest(served, len(prompt), order))
                 for choice in range(order.choices):
                     own = replace(sampling, seed=sampling.seed + choice)
                     stop_ids = _stop_ids(served)
-                    asked = LiveRequest(prompt, served.adapter, own, stop_ids, order.stops, order.top_logprobs)
+                    told = stop_ids, order.stops, order.top_logprobs
+                    asked = LiveRequest(prompt, served.adapter, own, *told, repeats=choice > 0)
                     writings.append(Writing(self._engine, asked, self.metrics))
             self.catalog.require(served)  # unloaded meanwhile; another one may have its name, whose template is another
         except Exception as error:
@@ -217,18 +223,20 @@ class Service:
             async with asyncio.timeout(self.settings.grace_seconds):
                 while self.running:
                     await asyncio.sleep(_LOOK_SECONDS)
+        self.cut = self.running
         close = partial(self._engine.close, finish=False)
         with ThreadPoolExecutor(1) as own:  # asyncio's threads may all wait for answers that close ends
             await asyncio.get_running_loop().run_in_executor(own, close)
 
-    def _longest(self, served: Served, prompt_tokens: int, wanted: int | None) -> int:
+    def _longest(self, served: Served, prompt_tokens: int, order: Order) -> int:
         """Tokens of the longest answer to a prompt. Raises ApiError where there is no room for it."""
-        room = self._engine.room(prompt_tokens, served.adapter)
+        room, wanted = self._engine.room(prompt_tokens, served.adapter), order.longest
         if room < (wanted or 1):
             asked = "" if wanted is None else f" and {wanted:,} of the answer"
             what = f"the longest prompt with its answer is {room + prompt_tokens:,} tokens here; these are "
             what += f"{prompt_tokens:,} of the prompt{asked}; shorten the prompt or ask for fewer"
-            raise ApiError(400, what, param="messages", code="context_length_exceeded")
+            param = order.asked_by if room < 1 else order.bounded_by
+            raise ApiError(400, what, param=param, code="context_length_exceeded")
         return wanted or min(room, self.settings.max_new_tokens)
 
     async def _render(self, work: Callable[[], Made]) -> Made:

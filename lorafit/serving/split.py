@@ -87,7 +87,9 @@ def read_split(given: str | Mapping[str, float] | None) -> Split | None:
             number = float(share)
         except (TypeError, ValueError):
             number = math.nan
-        if not name or name in shares or not 0 < number < 1:
+        if name in shares:
+            raise UsageError(f"'{name}' is named twice", key="--split", todo=todo)
+        if not name or not 0 < number < 1:
             raise UsageError(f"'{name}={share}' is no model with its share", key="--split", todo=todo)
         shares[name] = number
     if len(shares) < 2 or abs(sum(shares.values()) - 1) > 1e-6:

@@ -73,7 +73,8 @@ class Writing:
             if self._ticket.finish_reason == "cancelled":
                 raise shutting_down()
             seconds = time.perf_counter() - self._began
-            self._metrics.end(self._ticket.adapter, seconds, self.prompt_tokens, self.tokens, text)
+            asked = None if self._ticket.request.repeats else self.prompt_tokens
+            self._metrics.end(self._ticket.adapter, seconds, asked, self.tokens, text)
         finally:
             self.cancel()
 

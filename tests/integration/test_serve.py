@@ -226,7 +226,7 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         (CHAT, "[]", 400, "no JSON object"),
         (CHAT, {"model": "base"}, 400, "messages: is missing"),
         (CHAT, {**ASK, "model": "nobody"}, 404, "served: base, run, peft"),
-        (CHAT, {**ASK, "messages": []}, 400, "messages"),
+        (CHAT, {**ASK, "messages": []}, 400, "messages: is an empty list"),
         (CHAT, {**ASK, "messages": [{"role": "usr", "content": "q"}]}, 400, "did you mean 'user'"),
         (CHAT, {**ASK, "messages": [{"role": "assistant", "content": "q"}]}, 400, "the last message"),
         (CHAT, {**ASK, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
@@ -252,6 +252,8 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "base"}, 400, "is a whole model"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "~nobody/x"}, 400, "no such file or folder"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x\0y"}, 400, "lora_path"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "recipe.yaml"}, 400, "recipes are not followed here"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/etc"}, 400, "or an adapter folder"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x" * 300}, 400, "too long"),
         ("/v1/load_lora_adapter", {"lora_name": "peft", "lora_path": "peft"}, 400, "served already"),
         ("/v1/unload_lora_adapter", {"lora_name": "nobody"}, 404, "no model is called"),
@@ -271,6 +273,33 @@ def test_a_bad_request_gets_its_status_and_the_reason(
     assert says in error["message"], error
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
+
+
+def test_the_field_that_is_at_fault_is_named(server: Server) -> None:
+    for path, body, param in (
+        (CHAT, {**ASK, "max_tokens": 5000}, "max_tokens"),
+        (CHAT, {**ASK, "max_completion_tokens": 5000}, "max_completion_tokens"),
+        (CHAT, {**ASK, "messages": [{"role": "user", "content": "q " * 2000}]}, "messages"),
+        ("/v1/completions", {"model": "base", "prompt": "q " * 2000}, "prompt"),
+        ("/generate", {"prompt": "q", "max_new_tokens": 5000}, "max_new_tokens"),
+        ("/v1/load_lora_adapter", {"lora_name": "peft", "lora_path": "peft"}, "lora_name"),
+        ("/v1/unload_lora_adapter", {"lora_name": "nobody"}, "lora_name"),
+    ):
+        assert server.post(path, **body).json()["error"]["param"] == param, body
+    bare = server.client.post(CHAT, content="{}")
+    assert "the header Content-Type: application/json" in bare.json()["error"]["message"]
+
+
+def test_metrics_count_a_prompt_once_as_usage_does(server: Server) -> None:
+    """However many answers it gets; and what is refused is counted by its code."""
+    asked = [server.metric(name, adapter="") for name in ("prompt_tokens_total", "request_prompt_tokens_count")]
+    ended, refused = server.metric("request_success_total", adapter=""), server.metric("http_errors_total", code="404")
+    told = server.post("/v1/completions", model="base", prompt=["the shop", "a b c"], n=3, max_tokens=2).json()
+    wait_for(lambda: server.metric("request_success_total", adapter="") == ended + 6)
+    assert server.metric("prompt_tokens_total", adapter="") == asked[0] + told["usage"]["prompt_tokens"]
+    assert server.metric("request_prompt_tokens_count", adapter="") == asked[1] + 2
+    server.chat("nobody")
+    wait_for(lambda: server.metric("http_errors_total", code="404") == refused + 1)
 
 
 def test_a_slip_is_told_with_what_was_meant_and_logged(server: Server) -> None:
@@ -398,6 +427,7 @@ def test_a_split_is_sticky_and_ratings_become_rows(shop: Path, tmp_path: Path) -
         assert taken.status_code == 400, taken.text
         for _ in range(4):  # no model of the split goes under its name
             assert server.post("/v1/unload_lora_adapter", lora_name="split").status_code == 404
+        assert "served: base, run, peft, split" in server.chat("nobody").json()["error"]["message"]
         answered: dict[str, str] = {}
         for number in range(12):
             told = server.chat("split", max_tokens=2, user=f"user {number % 6}").json()
@@ -408,6 +438,7 @@ def test_a_split_is_sticky_and_ratings_become_rows(shop: Path, tmp_path: Path) -
         assert set(answered.values()) == {"run", "peft"}
         streamed = server.chat("run", max_tokens=2, stream=True).text
         name = json.loads(streamed.splitlines()[0][6:])["id"]
+        assert server.post("/v1/feedback", id=name, rating=True, choice=3).json()["error"]["param"] == "choice"
         assert server.post("/v1/feedback", id=name, rating=True).status_code == 200
         assert server.post("/v1/feedback", id=name, rating=True).status_code == 404  # once
         assert server.post("/v1/feedback", id=name, rating=1).status_code == 400
@@ -582,6 +613,7 @@ def test_bounds_have_their_codes(small: Server) -> None:
         streamed = client.post(CHAT, json={**LONG, "stream": True})
         events = [line for line in streamed.text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[-2][6:])["error"]["code"] == "timeout" and events[-1] == "data: [DONE]"
+        wait_for(lambda: "tokens, ended by 504, timeout: " in " ".join(small.stderr.split()))
         with pytest.raises(openai.APIError, match="not answered within"):
             list(small.openai("geheim").chat.completions.create(**LONG, stream=True))
         assert client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "run"}).status_code == 403
@@ -618,8 +650,12 @@ def test_ctrl_c_ends_within_the_grace(shop: Path) -> None:
             server.signal(signal.SIGINT)
             assert running.result().status_code == 503
         ended = server.ended()
-        assert (ended.code, ended.last) == (130, "error: stopped by SIGINT; running answers have ended")
+        assert (ended.code, ended.last) == (
+            130,
+            "error: stopped by SIGINT; 1 running request was cut off after --grace",
+        )
         assert ended.json["signal"] == signal.SIGINT and ended.json["answers"] == {}
+        assert ended.json["cut"] == 1
     finally:
         server.close()
 
@@ -656,7 +692,10 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--adapter", "a=swapped"), 5, "swapped: its vocabulary is another one: 2 of its tokens"),
         ((base, "--adapter", "a=bare"), 5, "bare: adapter_model.safetensors is missing"),
         ((base, "--adapter", "a=foreign"), 5, "foreign: trained on"),
-        (("nowhere/at/all",), 5, "nowhere/at/all"),
+        (("nowhere/at/all",), 2, "nowhere/at/all: no such file or folder"),
+        (("/no/such",), 2, "/no/such: no such file or folder"),
+        (("no/such.gguf",), 5, "no/such.gguf: no such file; check the path; it begins in "),
+        (("package://no_such_package/x.gguf",), 5, "no installed package is called 'no_such_package'"),
     ):
         say_all(world.run("serve", *arguments), code, *says)
     assert world.loaded == []

@@ -38,6 +38,15 @@ def test_a_rating_that_cannot_be_written_may_be_given_again(tmp_path: Path) -> N
     assert feedback.ratings == {"a": (1, 1)}
 
 
+def test_a_choice_that_the_answer_has_not_is_told_as_such(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "ratings.jsonl")
+    feedback.remember("x", [dict(ROW), dict(ROW)])
+    with pytest.raises(ApiError, match="the answer has 2 choices, the first of which is 0, and no 2") as told:
+        feedback.rate("x", 2, is_good=True)
+    assert (told.value.status, told.value.param) == (400, "choice")
+    feedback.rate("x", 1, is_good=True)
+
+
 def test_of_many_or_long_answers_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feedback_module, "_REMEMBERED_CHARACTERS", 10_000)
     feedback = Feedback(tmp_path / "ratings.jsonl")

@@ -111,22 +111,34 @@ def test_what_would_change_an_answer_and_is_not_served_is_refused(given: dict[st
         ({"top_logprobs": 3}, "top_logprobs: is only beside log-probabilities"),
         ({"top_logprobs": 3, "logprobs": False}, "top_logprobs: is only beside log-probabilities"),
         ({"stream_options": {"include_usage": True}}, "stream_options: is only for a stream"),
-        ({"stop": ["a"] * 100}, "stop: list should have at most 16 items"),
-        ({"stop": ""}, "stop.0: string should have at least 1 character"),
-        ({"stop": 3}, "stop: input should be a valid list"),
+        ({"stop": ["a"] * 100}, "stop: has more than 16 entries; send fewer"),
+        ({"stop": ""}, "stop.0: is an empty text"),
+        ({"stop": 3}, "stop: is no list"),
+        ({"messages": []}, "messages: is an empty list; send at least 1"),
+        ({"temperature": float("nan")}, "temperature: is no finite number"),
+        ({"temperature": 11}, "temperature: is more than 10, the most that is taken"),
+        ({"n": 0}, "n: is less than 1, the least that is taken"),
+        ({"max_tokens": 5, "max_completion_tokens": 7}, "max_completion_tokens: is 7, and max_tokens is 5"),
     ],
 )
 def test_what_says_nothing_alone_or_too_much_is_refused(given: dict[str, Any], says: str) -> None:
-    assert refused(ChatBody, **CHAT, **given)[1].startswith(says)
+    assert refused(ChatBody, **{**CHAT, **given})[1].startswith(says)
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{"temperature": "0.5"}, {"temperature": True}, {"max_tokens": "5"}, {"n": 2.0}, {"stream": "yes"}, {"user": 3}],
+    ("given", "says"),
+    [
+        ({"temperature": "0.5"}, "is no number"),
+        ({"temperature": True}, "is no number"),
+        ({"max_tokens": "5"}, "is no whole number"),
+        ({"n": 2.0}, "is no whole number"),
+        ({"stream": "yes"}, "is neither true nor false"),
+        ({"user": 3}, "is no text"),
+    ],
 )
-def test_another_type_is_not_guessed_at(given: dict[str, Any]) -> None:
+def test_another_type_is_not_guessed_at(given: dict[str, Any], says: str) -> None:
     [name] = given
-    assert refused(ChatBody, **CHAT, **given)[1].startswith(f"{name}: input should be a valid ")
+    assert refused(ChatBody, **CHAT, **given)[1] == f"{name}: {says}"
 
 
 def refused(form: Any, **fields: Any) -> tuple[str | None, str]:

@@ -41,6 +41,11 @@ def test_what_is_no_split(given: str) -> None:
         read_split(given)
 
 
+def test_a_model_that_is_named_twice() -> None:
+    with pytest.raises(UsageError, match="'a' is named twice"):
+        read_split("a=0.9,a=0.3")
+
+
 @pytest.mark.parametrize(
     ("a", "b", "verdict"),
     [((50, 100), (50, 100), "not distinguishable"), ((50, 100), (80, 100), "better"), ((80, 100), (50, 100), "worse")],
