@@ -34,6 +34,8 @@ _SHOWN_CHANGES = 3
 WIDE_COLUMNS = 140
 WORST_ROWS_SHOWN = 3
 LINES_SHOWN = 12
+CELL = 80
+"""Most characters of a cell of a task's or metric's table in a narrow terminal."""
 _NARROW_HEADINGS = ("metric", "base", "tuned", "change", "95 % interval", "verdict", "+ / -")
 _NARROW_VERDICTS: dict[Verdict, str] = {"not distinguishable": "unclear", "too few rows": "too few"}
 _STYLES: dict[Verdict, str] = {
@@ -41,6 +43,7 @@ _STYLES: dict[Verdict, str] = {
     "worse": "red",
     "not distinguishable": "yellow",
     "too few rows": "yellow",
+    "not judged": "",
 }
 _RETENTION_WORDS: dict[Verdict, str] = {
     "better": "gained",
@@ -163,7 +166,7 @@ def cells_of(line: Comparison) -> tuple[str, ...]:
         line.show_change(line.difference),
         line.span,
         line.verdict,
-        f"{line.rows_better} / {line.rows_worse} of {line.rows}",
+        "-" if line.verdict == "not judged" else f"{line.rows_better} / {line.rows_worse} of {line.rows}",
     )
 
 
@@ -234,7 +237,7 @@ def render_evaluation(
         parts += [
             Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.retention, _RETENTION_WORDS)
         ]
-    parts += [_draw_table(title, table) for title, table in _titled_tables(evaluation)]
+    parts += [_draw_table(title, table, wide=wide) for title, table in _titled_tables(evaluation)]
     parts += [Text(line, style="dim") for line in describe(evaluation)]
     for worst in evaluation.worst[:WORST_ROWS_SHOWN]:
         parts.append(Text(f"\n{headline(worst, place(worst.row.file))}", style="bold"))
@@ -259,15 +262,15 @@ def _titled_tables(evaluation: Evaluation) -> Iterator[tuple[str, ReportTable]]:
     yield from ((table.title, table) for table in evaluation.metric_tables)
 
 
-def _draw_table(title: str, shown: ReportTable) -> Table:
-    """A table of the task or of a metric, its first lines."""
+def _draw_table(title: str, shown: ReportTable, *, wide: bool) -> Table:
+    """A table of the task or of a metric, its first lines; long cells are cut where the terminal is narrow."""
     more = len(shown.lines) - LINES_SHOWN
     title = f"\n{title}" + (f": the first {LINES_SHOWN} of {len(shown.lines)}" if more > 0 else "")
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for number, heading in enumerate(shown.headings):
         table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
     for cells in shown.cells()[:LINES_SHOWN]:
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(cell if wide or len(cell) <= CELL else f"{cell[: CELL - 1]}…") for cell in cells))
     return table
 
 
@@ -290,6 +293,8 @@ def _conclude(
         number = counted(rows, "row")
         if verdict == "too few rows":
             note = f" ({number}; a verdict needs {LEAST_ROWS})"
+        elif verdict == "not judged":
+            note = f" (of all answers together, {number})"
         else:
             note = f" {'with' if verdict == 'not distinguishable' else 'on'} {number}"
             note += " (so few give a rough interval)" if rows < ROUGH_ROWS else ""

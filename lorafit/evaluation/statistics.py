@@ -29,7 +29,8 @@ from lorafit.evaluation.share_intervals import is_share, share_difference_interv
 from lorafit.kinds.metrics import Metric, RowScore
 
 Floats = npt.NDArray[np.float64]
-Verdict = Literal["better", "worse", "not distinguishable", "too few rows"]
+Judged = Literal["better", "worse", "not distinguishable", "too few rows"]
+Verdict = Literal[Judged, "not judged"]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -37,6 +38,7 @@ LEAST_ROWS = 6
 """Fewest rows for a verdict. Where all n move one way, a two-sided sign test gives p = 2 ** (1 - n): 0.06 for 5."""
 ROUGH_ROWS = 30
 """Below this many rows the sentence says that the interval is rough: percentile intervals are too narrow then."""
+_NOISE = 1e-12  # what rounding leaves of a 0
 _CHUNK_CELLS = 1 << 22  # counts held at a time: 32 MiB
 
 
@@ -59,7 +61,8 @@ class Comparison:
         rows: Rows that were scored.
         rows_better: Rows on which the tuned model scored better.
         rows_worse: Rows on which it scored worse; the others are equal.
-        verdict: What the interval says.
+        verdict: What the interval says; `not judged` of a value without one (`Metric.whole`), whose ends are the value
+            itself.
     """
 
     metric: str
@@ -86,6 +89,9 @@ class Comparison:
         if self.rows < LEAST_ROWS:
             few = f"{rows} {agreed(self.rows, 'is', 'are')} too few to tell"
             return f"{self.name}: {few}, {change}; a verdict needs at least {LEAST_ROWS}"
+        if self.verdict == "not judged":
+            together = f"difference {self.show_change(self.difference)}; of all answers together, without an interval"
+            return f"{self.name}: not judged, {change} ({together})"
         span = f"95 % interval {self.span}" if self.span != "-" else "no interval: every draw of rows gives the same"
         head = f"{self.verdict} with {rows}" if self.verdict == "not distinguishable" else f"{self.verdict} on {rows}"
         rough = "; so few rows give a rough interval" if self.rows < ROUGH_ROWS else ""
@@ -97,7 +103,7 @@ class Comparison:
 
     def show_change(self, value: float) -> str:
         """A difference as people read it: with its sign, shares in points of per cent."""
-        sign = "+" if value > 0 else "-" if value < 0 else ""
+        sign = "" if abs(value) < _NOISE else "+" if value > 0 else "-"
         return f"{sign}{100 * abs(value):.1f} points" if self.percent else f"{sign}{_digits(abs(value))}"
 
     @property
@@ -109,21 +115,26 @@ class Comparison:
 
     @property
     def tuned_span(self) -> str:
-        """The interval of the tuned model's value itself, as people read it; - where rows are too few for one, or a
-        bootstrap of rows that are all alike has no width.
+        """The interval of the tuned model's value itself, as people read it; - where rows are too few for one, or it
+        has no width in the digits that are shown.
         """
-        has_none = self.rows < LEAST_ROWS or (self.percent and self.tuned_low == self.tuned_high)
-        return "-" if has_none else f"{self.show(self.tuned_low)} to {self.show(self.tuned_high)}"
+        low, high = self.show(self.tuned_low), self.show(self.tuned_high)
+        return "-" if self.rows < LEAST_ROWS or low == high else f"{low} to {high}"
 
     def to_json(self) -> JsonObject:
-        """All fields and the sentence."""
-        return {**asdict(self), "sentence": self.sentence}
+        """All fields and the sentence; null where a value has no interval."""
+        absent = ("tuned_low", "tuned_high", "low", "high", "rows_better", "rows_worse")
+        lacks: JsonObject = dict.fromkeys(absent) if self.verdict == "not judged" else {}
+        return {**asdict(self), **lacks, "sentence": self.sentence}
 
 
 def _digits(value: float) -> str:
     """Four significant digits where they help, without an exponent where one is not needed."""
-    if value == 0 or 0.001 <= abs(value) < 100_000:
-        return f"{value:.{max(0, min(4, 3 - int(np.floor(np.log10(abs(value))))))}f}" if value else "0"
+    if abs(value) < _NOISE:
+        return "0"
+    if 0.001 <= abs(value) < 100_000:
+        rounded = float(f"{abs(value):.3e}")  # 0.99999 is one of 1.000
+        return f"{value:.{max(0, min(4, 3 - int(np.floor(np.log10(rounded)))))}f}"
     return f"{value:.3e}"
 
 
@@ -157,10 +168,16 @@ def compare(
     tail = (1 - CONFIDENCE) / 2
     lows, highs = np.quantile(drawn_tuned - drawn_base, [tail, 1 - tail], axis=0)
     tuned_lows, tuned_highs = np.quantile(drawn_tuned, [tail, 1 - tail], axis=0)
+    is_whole = [value_name in metric.whole for value_name in base_values]
     if metric.percent and is_share(base) and is_share(tuned):
         lows[0], highs[0] = share_difference_interval(base[:, 0], tuned[:, 0])
         tuned_lows[0], tuned_highs[0] = share_interval(float(tuned[:, 0].sum()), len(tuned))
     by_row = values_of_sums(metric, tuned) - values_of_sums(metric, base)
+    by_row[:, is_whole] = 0.0
+    for column in np.flatnonzero(is_whole).tolist():
+        before, after = list(base_values.values())[column], list(tuned_values.values())[column]
+        lows[column] = highs[column] = after - before
+        tuned_lows[column] = tuned_highs[column] = after
     sign = 1.0 if metric.better == "higher" else -1.0
     found = []
     for column, value_name in enumerate(base_values):
@@ -181,13 +198,13 @@ def compare(
                 rows=len(base_rows),
                 rows_better=int((sign * by_row[:, column] > 0).sum()),
                 rows_worse=int((sign * by_row[:, column] < 0).sum()),
-                verdict=judge(low, high, metric.better, len(base_rows)),
+                verdict="not judged" if is_whole[column] else judge(low, high, metric.better, len(base_rows)),
             )
         )
     return found
 
 
-def judge(low: float, high: float, better: Literal["lower", "higher"], rows: int) -> Verdict:
+def judge(low: float, high: float, better: Literal["lower", "higher"], rows: int) -> Judged:
     """What an interval of tuned - base says: a direction only where it leaves out 0 and the rows are enough."""
     if rows < LEAST_ROWS:
         return "too few rows"

@@ -182,7 +182,8 @@ def _evaluation(report: JsonObject) -> str:
 
 
 def _span(found: JsonObject, which: str) -> str:
-    return f"{found[f'{which}low']:.4g} to {found[f'{which}high']:.4g}"
+    low, high = found[f"{which}low"], found[f"{which}high"]
+    return "-" if low is None else f"{low:.4g} to {high:.4g}"
 
 
 def _limits(source: Source, report: JsonObject) -> str:

@@ -53,12 +53,11 @@ class Consistency(Metric):
 
     def tables(self, base: Sequence[RowScore], tuned: Sequence[RowScore]) -> tuple[ReportTable, ...]:
         """Figures by way of rewording, and the least alike answers of the tuned model."""
-        sides = [[pair for row in rows for pair in self._pairs(row)] for rows in (base, tuned)]
-        worst = sorted(sides[1], key=lambda pair: (pair.likeness, pair.words))[:_EXAMPLES]
+        pairs = [pair for row in tuned for pair in self._pairs(row)]
+        worst = sorted(pairs, key=lambda pair: (pair.likeness, pair.words))[:_EXAMPLES]
         by_way = tuple(
-            (way, *_means([pair for pair in sides[0] if pair.way == way]), *_means(of_way))
-            for way in dict.fromkeys(pair.way for pair in sides[1])
-            if (of_way := [pair for pair in sides[1] if pair.way == way])
+            (way, *self._of_way(base, way), *self._of_way(tuned, way))
+            for way in dict.fromkeys(pair.way for pair in pairs)
         )
         examples = tuple(
             (pair.way, pair.likeness, shorten(pair.words), shorten(pair.own), shorten(pair.answer))
@@ -72,6 +71,12 @@ class Consistency(Metric):
             ReportTable(f"{self.name}_examples", f"{self.name}: least alike answers, tuned model", shown, examples),
         )
         return tuple(table for table in found if table.lines)
+
+    def _of_way(self, rows: Sequence[RowScore], way: str) -> tuple[float, float]:
+        """Both means over the rows that are asked in a way, as `values` has them."""
+        asked = [of_way for row in rows if (of_way := [pair for pair in self._pairs(row) if pair.way == way])]
+        likenesses, shares = zip(*map(_means, asked), strict=True)
+        return mean(likenesses), mean(shares)
 
     def _pairs(self, row: RowScore) -> list[_Pair]:
         own, found = row.answer or "", list[_Pair]()

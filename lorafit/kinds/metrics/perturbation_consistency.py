@@ -6,7 +6,7 @@ Each keeps the meaning and changes the surface of the user's last words; which l
     capitals         ALL OF THEM CAPITALS
     blanks           doubled, and one before and behind
     typing errors    two neighbouring letters changed places in every fifth word of four letters and more, at least one
-    no end mark      without the mark of its last sentence, or with a full stop where it has none
+    other end mark   without the mark of its last sentence, or with a full stop where it has none
     greeting         behind "Hello! ", which is English
 
 Where letters decide the answer (code, names, capitals that are asked about) a change of the answer can be right.
@@ -56,7 +56,7 @@ PERTURBATIONS: Mapping[str, Callable[[str], str]] = {
     "capitals": str.upper,
     "blanks": lambda text: f" {text.replace(' ', '  ')} ",
     "typing errors": with_typing_errors,
-    "no end mark": _other_end,
+    "other end mark": _other_end,
     "greeting": lambda text: f"Hello! {text}",
 }
 

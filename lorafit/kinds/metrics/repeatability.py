@@ -55,7 +55,8 @@ class Repeatability(ShareOfRows):
                 own, other = row.answer or "", row.further[self.name][0].text
                 alike = takewhile(lambda pair: pair[0] == pair[1], zip(own, other, strict=False))
                 start = max(0, sum(1 for _ in alike) - _LETTERS_BEFORE)
-                lines.append((model, shorten(row.prompt), shorten(own[start:]), shorten(other[start:])))
+                shown = (shorten(f"{'…' if start else ''}{text[start:]}") for text in (own, other))
+                lines.append((model, shorten(row.prompt), *shown))
         headings = ("model", "asked", "beside other rows", "alone")
         title = "repeatability: answers that were others alone, from where they part"
         return (ReportTable(self.name, title, headings, tuple(lines)),) if lines else ()

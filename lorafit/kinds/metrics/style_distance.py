@@ -2,7 +2,8 @@
 
     z       (feature of an answer - mean over the references) / their standard deviation, for each of twelve features
     style_distance   mean of |z| over features, then over rows: an answer's own distance, natural variety included
-    style_delta      mean over features of |mean of z over rows|: how far the answers as a whole lean to one side
+    style_delta      mean over features of |mean of z over rows|: how far the answers as a whole lean to one side. It has
+                     no interval: among drawn rows that lean nowhere as a whole, some always lean somewhere
 
 References that are taken for answers have a distance of about 0.8 (the mean |z| of a normal feature), which the table
 gives, and a delta of 0. A feature in which all references are alike is divided by its least spread, so that a list
@@ -93,6 +94,7 @@ class StyleDistance(Metric):
 
     name = "style_distance"
     better = "lower"
+    whole = ("style_delta",)
     settings = f"mean |z| of {len(FEATURES)} features, z by mean and deviation over the references of these rows"
     while_training = False
 
@@ -108,19 +110,32 @@ class StyleDistance(Metric):
         return {self.name: sums[0] / rows, "style_delta": delta}
 
     def tables(self, base: Sequence[RowScore], tuned: Sequence[RowScore]) -> tuple[ReportTable, ...]:
-        """Each feature's mean of references and answers, and the mean z of the answers."""
+        """The distance of each side, and each feature's means and mean z, those first that are furthest off."""
         references = [row.reference for row in tuned]
         sides = [[row.answer or "" for row in rows] for rows in (base, tuned)]
         means = [_count(texts).mean(axis=0) for texts in (references, *sides)]
         leanings = [_z_scores(texts, references).mean(axis=0) for texts in sides]
-        lines = [
-            (name, *(f"{mean[place]:.3f}" for mean in means), *(f"{z[place]:+.2f}" for z in leanings))
-            for place, name in enumerate(FEATURES)
-        ]
+        furthest = sorted(range(len(FEATURES)), key=lambda place: -max(abs(z[place]) for z in leanings))
+        names = list(FEATURES)
+        lines = tuple(
+            (names[place], *(f"{mean[place]:.3f}" for mean in means), *(_signed(z[place]) for z in leanings))
+            for place in furthest
+        )
         own = [f"{abs(_z_scores(texts, references)).mean():.3f}" for texts in (references, *sides)]
         headings = ("feature", "references", "base", "tuned", "base, mean z", "tuned, mean z")
-        table = (("style_distance", *own, "", ""), *lines)
-        return (ReportTable(self.name, "style_distance, and the mean of each feature", headings, table),)
+        distances = tuple(zip(("references themselves", "base", "tuned"), own, strict=True))
+        return (
+            ReportTable(
+                "style_distances", "style_distance of references and answers", ("texts", "distance"), distances
+            ),
+            ReportTable(self.name, "style_distance: mean of each feature, furthest first", headings, lines),
+        )
+
+
+def _signed(value: float) -> str:
+    """Two decimals with a sign, which a 0 has not."""
+    shown = f"{value:+.2f}"
+    return "0.00" if shown in ("+0.00", "-0.00") else shown
 
 
 def _count(texts: Sequence[str]) -> NDArray[np.float64]:

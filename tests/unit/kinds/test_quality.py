@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from lorafit.evaluation.report import LINES_SHOWN, _conclude, cells_of
+from lorafit.evaluation.statistics import compare
 from lorafit.kinds.metrics import Question, Reply, RowScore, metrics
 from lorafit.kinds.metrics._reading import likeness
 from lorafit.kinds.metrics._stress_prompts import PROMPTS
@@ -36,7 +38,7 @@ def test_repeatability_is_the_share_of_rows_that_get_the_same_answer_alone():
     long = f"{'x' * 99} at "
     parts = replied("repeatability", f"{long}ten", answer=f"{long}nine", prompt="When?")
     (table,) = metrics.get("repeatability").tables(rows[:2], [*rows[:2], parts])
-    before = f"{'x' * 26} at "
+    before = f"…{'x' * 26} at "
     assert table.lines == (("tuned", "When?", f"{before}nine", f"{before}ten"),)
     assert metrics.get("repeatability").tables(rows[:2], rows[:2]) == ()
 
@@ -70,6 +72,8 @@ def test_paraphrases_are_compared_with_the_rows_own_answer():
     assert not metrics.get(name).usable(replace(row, paraphrases=()))
     (by_way, examples) = metrics.get(name).tables([row], [row])
     assert by_way.lines == (("asked", *(pytest.approx(value) for value in ((1 + unlike) / 2, 0.5) * 2)),)
+    (by_way, _) = metrics.get(name).tables([row, again], [row, again])
+    assert by_way.lines[0][1:3] == tuple(pytest.approx(value) for value in found.values()), "one figure, over rows"
     assert examples.lines == (("asked", pytest.approx(unlike), "in other words", "at nine", "at ten"),)
 
 
@@ -87,8 +91,8 @@ def test_perturbations_change_the_surface_alone_and_are_the_same_each_time():
     assert words["small letters"] == ASKED.lower()
     assert words["capitals"] == ASKED.upper()
     assert words["blanks"].split() == ASKED.split()
-    assert words["no end mark"] == ASKED[:-1]
-    assert PERTURBATIONS["no end mark"]("open") == "open."
+    assert words["other end mark"] == ASKED[:-1]
+    assert PERTURBATIONS["other end mark"]("open") == "open."
     assert words["greeting"] == f"Hello! {ASKED}"
     typed = words["typing errors"]
     assert typed == with_typing_errors(ASKED) != ASKED
@@ -97,7 +101,7 @@ def test_perturbations_change_the_surface_alone_and_are_the_same_each_time():
     assert len(changed) == 1  # of eight words with four letters or more
     assert changed[0][0][0] == changed[0][1][0]
     few = metrics.get("perturbation_consistency").questions(RowScore(prompt="7"), 4)
-    assert [question.name for question in few] == ["blanks", "no end mark", "greeting"]
+    assert [question.name for question in few] == ["blanks", "other end mark", "greeting"]
 
 
 def test_style_is_measured_in_deviations_of_the_references():
@@ -111,9 +115,36 @@ def test_style_is_measured_in_deviations_of_the_references():
     loud = values("style_distance", [replace(row, answer=f"- {row.answer.upper()}!!!") for row in rows])
     assert loud["style_distance"] > same["style_distance"] + 1
     assert loud["style_delta"] > 1
-    (table,) = metrics.get("style_distance").tables(rows, rows)
-    assert [line[0] for line in table.lines] == ["style_distance", *FEATURES]
-    assert table.lines[0][1:4] == (f"{same['style_distance']:.3f}",) * 3
+    unended = [replace(row, answer=f"{row.answer.rstrip('.')}") for row in rows]
+    distances, table = metrics.get("style_distance").tables(rows, unended)
+    assert table.lines[0][0] == "ends its last sentence"  # by size, whichever way
+    assert sorted(line[0] for line in table.lines) == sorted(FEATURES)
+    assert len(table.lines) <= LINES_SHOWN, "a terminal shows all"
+    assert [line[0] for line in distances.lines] == ["references themselves", "base", "tuned"]
+    assert [line[1] for line in distances.lines[:2]] == [f"{same['style_distance']:.3f}"] * 2
+    assert {line[4] for line in table.lines} == {"0.00"}, "no -0.00"
+
+
+def test_the_delta_of_style_has_no_interval_which_could_not_hold_a_0():
+    references = ["It opens at nine.", "On monday it opens!", "Mugs cost ten. Plates cost nine.", "No", "So?", "Ok 1"]
+    same = [RowScore(answer=text, reference=text) for text in references]
+    loud = [replace(row, answer=f"- {row.answer.upper()}!!!") for row in same]
+    distance, delta = compare("style_distance", metrics.get("style_distance"), loud, same, seed=0)
+    assert distance.verdict == "better"
+    cells = cells_of(delta)
+    assert (cells[0], cells[2], cells[3], *cells[5:]) == ("style_delta", "0", "-", "-", "not judged", "-")
+    assert delta.sentence.startswith(f"style_delta: not judged, from {delta.base:.3f} to 0 (difference -")
+    assert {delta.to_json()[name] for name in ("low", "high", "tuned_low", "tuned_high", "rows_better")} == {None}
+    assert list(_conclude([delta])) == [("not judged", "not judged (of all answers together, 6 rows): style_delta")]
+
+
+def test_a_tuned_score_whose_interval_has_no_width_to_be_seen_has_none():
+    rows = [replace(row, answer=row.reference) for row in REFERRED]
+    found = {
+        line.name: line for line in compare("domain_relevance", metrics.get("domain_relevance"), rows, rows, seed=0)
+    }
+    assert found["relevance_to_reference"].tuned_span == "-"
+    assert found["relevance_to_prompt"].tuned_span != "-"
 
 
 def test_features_of_style_are_what_they_are_called():
@@ -136,6 +167,13 @@ def test_features_of_style_are_what_they_are_called():
     assert all(count(_Text.of("")) == 0.0 for count, _ in FEATURES.values())
 
 
+def unit(number):
+    found = np.sin(np.arange(1, 5) * (number + 1.0))
+    return found / np.linalg.norm(found)
+
+
+VECTORS = {f"{kind}{place}": unit(place + 6 * (kind == "p")) for kind in "rp" for place in range(6)}
+REFERRED = [RowScore(prompt=f"p{place}", reference=f"r{place}", vectors=VECTORS) for place in range(6)]
 UNITS = {f"{kind}{place}": np.eye(6)[place + 3 * (kind == "p")] for kind in "rp" for place in range(3)}
 
 
