@@ -2,8 +2,9 @@
 
     z       (feature of an answer - mean over the references) / their standard deviation, for each of twelve features
     style_distance   mean of |z| over features, then over rows: an answer's own distance, natural variety included
-    style_delta      mean over features of |mean of z over rows|: how far the answers as a whole lean to one side. It has
-                     no interval: among drawn rows that lean nowhere as a whole, some always lean somewhere
+    style_delta      mean over features of |mean of z over rows|: how far the answers as a whole lean to one side
+
+The delta has no interval: rows that lean nowhere together lean to some side wherever only some of them are drawn.
 
 References that are taken for answers have a distance of about 0.8 (the mean |z| of a normal feature), which the table
 gives, and a delta of 0. A feature in which all references are alike is divided by its least spread, so that a list

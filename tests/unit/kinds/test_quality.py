@@ -10,6 +10,7 @@ import sacrebleu
 
 from lorafit.evaluation.report import LINES_SHOWN, _conclude, cells_of
 from lorafit.evaluation.statistics import compare
+from lorafit.exporting.model_card import _span
 from lorafit.kinds.metrics import Question, Reply, RowScore, metrics
 from lorafit.kinds.metrics._reading import likeness
 from lorafit.kinds.metrics._stress_prompts import PROMPTS
@@ -135,6 +136,7 @@ def test_the_delta_of_style_has_no_interval_which_could_not_hold_a_0():
     assert (cells[0], cells[2], cells[3], *cells[5:]) == ("style_delta", "0", "-", "-", "not judged", "-")
     assert delta.sentence.startswith(f"style_delta: not judged, from {delta.base:.3f} to 0 (difference -")
     assert {delta.to_json()[name] for name in ("low", "high", "tuned_low", "tuned_high", "rows_better")} == {None}
+    assert _span(delta.to_json(), "tuned_") == "-", "in an exported model's README"
     assert list(_conclude([delta])) == [("not judged", "not judged (of all answers together, 6 rows): style_delta")]
 
 
