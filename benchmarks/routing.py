@@ -2,17 +2,19 @@
 
     python -m benchmarks.routing BASE --adapter shop=RUN --adapter gsm8k=RUN --own shop=ROWS --own gsm8k=ROWS
                                  [--other mbpp=ROWS ...] [--limit 100] [--share 0.95] [--lengths 16 64 256 1024]
-                                 [--repeats 9] [--picture FILE.svg]
+                                 [--known 16 32 64 128 256] [--draws 9] [--repeats 9] [--picture FILE.svg]
 
 ROWS are JSON lines; what each asks is read from `question`, `prompt`, `instruction` with `input`, `text`, `source`,
 `document` or the first turn of the user. Of more than `--limit` rows some are drawn. Printed are
 
     who gets what       by set of rows: the share of each adapter and of the base, and how far it has drifted from each
     abstention          by `--route`: right among held-out prompts of the adapters, and the others that go to the base
+    known prompts       with `--known`: of one adapter so many, of the others all; its held-out prompts that get
+                        it (mean and worst of `--draws`) or another adapter, and its share of the other sets
     the classifier      its time alone, from a state to a name
     the first token     by the prompt's length: its time, and what routing adds, alone and with seven others waiting
 
-Times are medians, taken in turns; `--picture` draws the second table.
+Times are medians, taken in turns; `--picture` draws the second table. `--repeats 0` leaves them out.
 """
 
 from __future__ import annotations
@@ -110,6 +112,35 @@ def _told_apart(chooser: DomainChooser, own: Mapping[str, torch.Tensor]) -> floa
     return float(torch.cat(right).double().mean())
 
 
+def tell_known(
+    trained: Mapping[str, torch.Tensor],
+    background: torch.Tensor,
+    share: float,
+    own: Mapping[str, torch.Tensor],
+    others: Mapping[str, torch.Tensor],
+    numbers: Sequence[int],
+    draws: int,
+) -> None:
+    """The third table: of one adapter so many training prompts are known, drawn anew each time, of the others all."""
+    heads = [f"{name} {what}" for name in own for what in ("right", "least", "to another", "gets of others")]
+    print(f"\n| known of one | {' | '.join(heads)} |")
+    print("|---" * (1 + len(heads)) + "|")
+    generator, strange = torch.Generator().manual_seed(0), torch.cat([*others.values()])
+    for number in numbers:
+        cells: list[float] = []
+        for name, states in own.items():
+            right, wrong, taken = list[float](), list[float](), list[float]()
+            for _ in range(draws):
+                few = trained[name][torch.randperm(len(trained[name]), generator=generator)[:number]]
+                chooser = fit_domains({**trained, name: few}, background, share)
+                got = shares_of(chooser, states)
+                right.append(got[name])
+                wrong.append(sum(part for other, part in got.items() if other not in (name, None)))
+                taken.append(shares_of(chooser, strange)[name])
+            cells += [statistics.mean(right), min(right), statistics.mean(wrong), statistics.mean(taken)]
+        print(f"| {number} | {' | '.join(f'{value:.2f}' for value in cells)} |", flush=True)
+
+
 def draw(own: Sequence[str], columns: Mapping[str, list[float]]) -> str:
     """Prompts of no adapter that go to the base, against prompts of the adapters that get theirs."""
     left, top, size = 60, 44, 300
@@ -154,7 +185,7 @@ def tell_times(
     lengths: Sequence[int],
     repeats: int,
 ) -> None:
-    """The third and fourth tables."""
+    """The fourth and fifth tables."""
     words = "the shop sells mugs and plates on monday and it opens at nine " * 100
     state = reader.submit(reader.ids(words)).result()[None]
     alone = statistics.median(seconds_of(lambda: chooser.choose(state)) for _ in range(1000))
@@ -190,10 +221,11 @@ def main() -> None:
     parser.add_argument("base")
     for name in ("adapter", "own", "other"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="NAME=PATH", required=name != "other")
-    for name, number in (("limit", 100), ("repeats", 9)):
+    for name, number in (("limit", 100), ("draws", 9), ("repeats", 9)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--share", type=float, default=0.95)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024])
+    parser.add_argument("--known", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
     adapters, own, others = (
@@ -223,12 +255,14 @@ def main() -> None:
             for name, file in {**own, **others}.items()
         }
         tell_who(chooser, states)
-        columns = tell_abstention(
-            chooser, {name: states[name] for name in own}, {name: states[name] for name in others}
-        )
+        held, outside = ({name: states[name] for name in part} for part in (own, others))
+        columns = tell_abstention(chooser, held, outside)
+        if given.known:
+            tell_known(trained, background, given.share, held, outside, given.known, given.draws)
         if given.picture is not None:
             given.picture.write_text(draw([*own], columns), encoding="utf-8")
-        tell_times(engine, reader, chooser, next(iter(adapters)), given.lengths, given.repeats)
+        if given.repeats:
+            tell_times(engine, reader, chooser, next(iter(adapters)), given.lengths, given.repeats)
     finally:
         engine.close(finish=False)
 

@@ -34,6 +34,8 @@ NAME = "auto"
 LEAST_SEEN = 32
 """Prompts of an adapter, before its drift is told: of fewer any two samples differ."""
 _WINDOW = 256
+_ENOUGH_KNOWN = 100
+"""Prompts of an adapter, with fewer of which `auto` picks noticeably worse; docs/serve.md has the figures."""
 _LABELS = ("model_name", "adapter")
 
 
@@ -87,9 +89,19 @@ class Router:
             if self._background is None:
                 self._background = self._reader.read_all(background, bar.advance)
             states = {name: self._reader.read_all(texts, bar.advance) for name, texts in prompts.items()}
+        if self.share is not None:
+            for name, texts in prompts.items():
+                self._warn_of_few(name, len(texts))
         self._fit({**self._states, **states})
         told = ", ".join(f"{len(texts)} of {name}" for name, texts in prompts.items())
         self._reporter.info(f"training prompts learnt in {time.perf_counter() - began:.1f} s: {told}")
+
+    def _warn_of_few(self, name: str, number: int) -> None:
+        if number < _ENOUGH_KNOWN:
+            self._reporter.warn(
+                f"only {counted(number, 'training prompt')} of adapter '{name}' say what is for it: with fewer than "
+                f"{_ENOUGH_KNOWN}, `{NAME}` sends more of its prompts elsewhere; name it in requests that are for it"
+            )
 
     def forget(self, name: str) -> None:
         """An adapter is gone."""
@@ -135,13 +147,17 @@ class Router:
                 counter.add_metric([self._base, adapter or ""], self._routed[adapter])
             yield counter
         if self._watches:
-            text = "How far an adapter's last prompts lie from its training prompts, 0 to 1."
-            gauge = GaugeMetricFamily("lorafit:prompt_drift", text, labels=_LABELS)
+            text = "How much less an adapter's last prompts are like it than its training prompts, 0 to 1."
+            drift = GaugeMetricFamily("lorafit:prompt_drift", text, labels=_LABELS)
+            text = f"How many prompts of an adapter its drift is of; it is told from {LEAST_SEEN} on."
+            number = GaugeMetricFamily("lorafit:prompt_drift_seen", text, labels=_LABELS)
             chooser = self._chooser
             for name, seen in list(self._seen.items()):
+                number.add_metric([self._base, name], len(seen))
                 if chooser is not None and name in chooser.known and len(seen) >= LEAST_SEEN:
-                    gauge.add_metric([self._base, name], drift_of([*seen], chooser.known[name]))
-            yield gauge
+                    drift.add_metric([self._base, name], drift_of([*seen], chooser.known[name]))
+            yield drift
+            yield number
 
     def _fit(self, states: dict[str, torch.Tensor]) -> None:
         """Log-odds of an earlier fit are of no use to this one."""

@@ -57,6 +57,7 @@ def who(server: Server, text: str) -> str:
 def test_the_prompt_decides_who_answers_and_the_answer_names_it(server: Server) -> None:
     assert "by the prompt: hours, dishes, or the base" in server.stderr
     assert "adapter 'peft' cannot be told by its prompts" in server.stderr
+    assert "only 40 training prompts of adapter 'hours' say what is for it" in " ".join(server.stderr.split())
     for text, name in ((OPENING, "hours"), (DISHES, "dishes"), (ELSE, "base")):
         named = server.chat(name, text, max_tokens=6).json()
         before = server.metric("routed_requests_total", adapter=name.replace("base", ""))
@@ -107,11 +108,16 @@ def test_it_follows_loads_and_unloads(server: Server) -> None:
 def test_drift_is_told_of_prompts_whoever_chose_the_adapter(server: Server) -> None:
     for row in rows_about(OPENING):
         server.chat("auto", row["question"], max_tokens=1)
+    assert server.metric("prompt_drift_seen", adapter="dishes") <= 1  # its window is of the last load
     for number in range(200):  # of quick ones some are not looked at
         server.chat("dishes", f"{ELSE} {number}", max_tokens=1)
-        if number > 35 and server.metric("prompt_drift", adapter="dishes"):
+        assert server.metric("prompt_drift_seen", adapter="dishes") <= number + 2
+        if server.metric("prompt_drift", adapter="dishes"):
             break
-    assert 0 < server.metric("prompt_drift", adapter="hours") < 0.35
+    assert server.metric("prompt_drift_seen", adapter="dishes") == 32
+    assert server.metric("prompt_drift_seen", adapter="hours") >= 36
+    assert 'lorafit:prompt_drift{adapter="hours"' in server.client.get("/metrics").text
+    assert server.metric("prompt_drift", adapter="hours") < 0.1  # nearly all are its training prompts
     assert server.metric("prompt_drift", adapter="dishes") > 0.8
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -35,6 +37,14 @@ def test_what_is_like_none_goes_to_none() -> None:
     assert CHOOSER.choose(cloud(5, 500, 21)).count(None) / 500 > 0.97  # a domain that nobody knows
 
 
+def test_a_domain_of_few_states_is_not_taken_by_a_larger_one_beside_it() -> None:
+    def near(place: int, rows: int, seed: int) -> torch.Tensor:
+        return cloud(place, rows, seed, 3.0)
+
+    chooser = fit_domains({"few": near(0, 16, 1), "many": near(1, 256, 2)}, near(NOWHERE, 256, 3), 0.9)
+    assert chooser.choose(near(0, 500, 70)).count("few") / 500 > 0.7
+
+
 def test_one_domain_alone_is_told_from_none() -> None:
     alone = fit_domains({"a": cloud(0, 60, 1)}, cloud(NOWHERE, 100, 3, 2.0), 0.9)
     assert alone.choose(cloud(0, 200, 30)).count("a") / 200 > 0.8
@@ -64,8 +74,33 @@ def test_drift_is_near_0_of_the_same_and_1_of_another_domain() -> None:
     assert 0.4 < drift(half) < 0.65
 
 
+@pytest.mark.parametrize("rows", [36, 256])
+def test_prompts_that_were_trained_on_are_no_drift(rows: int) -> None:
+    """Though the fit that has seen them gives them more than those without them gave."""
+
+    def wide(place: int, number: int, seed: int) -> torch.Tensor:
+        noise = torch.randn(number, 100, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([cloud(place, number, seed), noise], 1)
+
+    own = wide(0, rows, 60)
+    chooser = fit_domains({"a": own}, wide(NOWHERE, 150, 3), 0.9)
+    assert drift_of(chooser.log_odds(own)[:, 0].tolist(), chooser.known["a"]) < 0.05
+    assert drift_of(chooser.log_odds(wide(1, rows, 61))[:, 0].tolist(), chooser.known["a"]) > 0.85
+
+
+def test_chance_gives_no_more_drift_than_its_level() -> None:
+    generator = torch.Generator().manual_seed(0)
+    level = math.sqrt(math.log(20) / 2 * (1 / 32 + 1 / 36))
+    beyond = 0
+    for _ in range(400):
+        known = torch.randn(36, generator=generator)
+        beyond += drift_of(torch.randn(32, generator=generator).tolist(), known.sort().values) > level
+    assert 0.01 < beyond / 400 < 0.07
+
+
 def test_drift_of_numbers() -> None:
     known = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert drift_of([2.0, 4.0, 1.0, 3.0], known) == 0
-    assert drift_of([9.0], known) == drift_of([0.0], known) == 1
+    assert drift_of([0.0], known) == 1
+    assert drift_of([9.0], known) == 0  # more like it than its own
     assert drift_of([2.5], known) == 0.5
