@@ -14,7 +14,7 @@ ROWS are JSON lines; what each asks is read from `question`, `prompt`, `instruct
     the classifier      its time alone, from a state to a name
     the first token     by the prompt's length: its time, and what routing adds, alone and with seven others waiting
 
-Times are medians, taken in turns; `--picture` draws the second table. `--repeats 0` leaves them out.
+Times are medians, taken in turns; `--picture` draws the second table. `--repeats 0` takes no times.
 """
 
 from __future__ import annotations
@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--known", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
+    if given.known and not given.other:
+        parser.error("--known counts what an adapter gets of other sets: give --other")
     adapters, own, others = (
         {n: Path(p) for n, _, p in (one.partition("=") for one in part)}
         for part in (given.adapter, given.own, given.other)

@@ -100,7 +100,7 @@ def drift_of(seen: Sequence[float], known: torch.Tensor) -> float:
 
     0: seen numbers are nowhere lower; 1: all are below all known ones. Those that are higher count nothing: states that
     a fit has seen get higher log-odds from it than from one without them. Of n numbers of the same distribution as m
-    known ones, chance alone gives more than sqrt(ln(1/a) / 2 * (1/n + 1/m)) in a share of about a.
+    known ones, chance alone gives more than sqrt(ln(1/a) / 2 * (1/n + 1/m)) with a probability of about a.
     """
     sample = torch.tensor(seen).sort().values
     points = torch.cat([sample, known])
