@@ -333,6 +333,9 @@ def generate(
     from lorafit.answering.prompts import check_prompts, read_prompts
 
     check_prompts(prompt, input_file, rows)
+    from lorafit.model.base import model_folder
+
+    run = model_folder(run, reporter)
     check_answerable(run, checkpoint)
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
     from lorafit.answering.generate import Request

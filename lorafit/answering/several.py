@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from lorafit.answering.opening import Answerer, Voice, open_answerer, open_plain_model
 from lorafit.contracts import Reporter, Sample
-from lorafit.errors import DataError, LorafitError, ModelError, UsageError
+from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.files.portable import is_local_path
 from lorafit.model.adapter import AdapterFolder, read_adapter
-from lorafit.model.base import Base, base_text, is_gguf, read_base, resolve_base
-from lorafit.recipe.schema import ModelSection
+from lorafit.model.base import Base, base_text, is_gguf, read_base, resolve_unrecorded
 from lorafit.run.workspace import check_answerable, is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
@@ -75,22 +74,13 @@ def open_several(
         key = "--checkpoint" if checkpoint is not None else "--base-model"
         raise UsageError("a base has none", key=key, todo="leave it out, or name a run")
     else:
-        found = _resolve(base, reporter)
+        found = resolve_unrecorded(base, reporter)
     for name, folder in given.items():
         adapters[name] = open_on_base(folder, found, tokenizers_of(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
     called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
     called = BASE if called in adapters else called
     return Opened(found, called, plain.voice, next(iter(adapters.values()), plain), adapters)
-
-
-def _resolve(base: str, reporter: Reporter) -> Base:
-    """A base that no recipe names, so that no error may speak of one."""
-    try:
-        return resolve_base(ModelSection(base=base), Path.cwd(), reporter)
-    except LorafitError as error:
-        error.key = None if error.key == "model.base" else error.key
-        raise
 
 
 def _refuse_slip(path: Path) -> None:

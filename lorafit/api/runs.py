@@ -90,7 +90,8 @@ def generate(
     """Answers prompts. `generated.texts` are the answers, in the prompts' order.
 
     Args:
-        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a model folder such as a merge.
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, a model folder such as a merge, a
+            `.gguf` file or `package://NAME/FILE.gguf`.
         prompts: One prompt, or several: texts, or rows as training has them (`{"messages": ...}`, with tools too).
         compare_base: Answer with the adapter off too; needs a run.
         checkpoint: `best`, `last` or a step; the saved adapter where None.

@@ -58,7 +58,7 @@ _HELP = {
     "license": ("NAME", "hub: the adapter's licence, e.g. apache-2.0."),
     "export.dry_run": ("", "hub: write the folder and send nothing."),
     "export.verify": ("", "Compare logits of the target's engine with lorafit's: llama.cpp's, or PEFT's."),
-    "generate.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a model folder."),
+    "generate.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter, a model folder or a .gguf file."),
     "generate.prompt": ("TEXT", "One prompt."),
     "generate.input_file": ("FILE", "A file of prompts: txt, one a line, or training's rows."),
     "compare_base": ("", "Answer with the base model too."),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorafit.contracts import JsonObject, Reporter, Silent
-from lorafit.errors import ModelError, SafetyError
+from lorafit.errors import LorafitError, ModelError, SafetyError
 from lorafit.files.atomic import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.hub.asking import fetch_files
@@ -139,6 +139,25 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter) -> Base:
     else:
         path = convert_gguf(place, cache_folder() / "bases", reporter)
     return read_base(path, kind, name, model.revision)
+
+
+def resolve_unrecorded(text: str, reporter: Reporter) -> Base:
+    """`resolve_base` of what no recipe names, so that no error speaks of one's key."""
+    try:
+        return resolve_base(ModelSection(base=text), Path.cwd(), reporter)
+    except LorafitError as error:
+        error.key = None if error.key == "model.base" else error.key
+        raise
+
+
+def model_folder(given: Path, reporter: Reporter) -> Path:
+    """The folder of the base that a `.gguf` file or `package://` name stands for; every other path as it is.
+
+    Raises:
+        ModelError: There is no such file, or it cannot be converted.
+    """
+    text = base_text(given)
+    return resolve_unrecorded(text, reporter).path if is_gguf(text) else given
 
 
 def check_made(folder: Path) -> None:

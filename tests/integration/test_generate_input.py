@@ -99,6 +99,8 @@ def test_what_cannot_be_asked_is_told_before_weights_are_loaded(world: World) ->
         refused = world.run("generate", name, "--input", "tools.jsonl")
         say_all(refused, 4, "tools.jsonl:1", "drops the tools")
     say_all(world.run("generate", "merged", "--input", "asked.jsonl", "--compare-base"), 2, "--compare-base")
+    missing = world.run("generate", "package://no_such_package/x.gguf", "--prompt", "q")
+    say_all(missing, 5, "error: no installed package is called 'no_such_package'")
     assert not world.loaded
     say_all(world.run("generate", "run", "--input", "asked.jsonl", "--max-new-tokens", "2"), 0)
     assert len(world.loaded) == 1

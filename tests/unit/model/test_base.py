@@ -19,7 +19,7 @@ from lorafit.console.reporting import ConsoleReporter
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_header
-from lorafit.model.base import Base, read_config, resolve_base
+from lorafit.model.base import Base, model_folder, read_config, resolve_base
 from lorafit.model.base_config import fingerprint, load_config
 from lorafit.run.card import BaseOrigin
 from tests.support.adapted import make_llama
@@ -184,6 +184,16 @@ def test_gguf_is_converted_once_repeatably_and_named_by_content(tmp_path: Path, 
     (base.path / "MANIFEST").unlink()  # without it the folder does not exist: converted anew, to the same bytes
     again = resolve("tiny.gguf", tmp_path)
     assert (again.path / "model.safetensors").read_bytes() == first and again == base
+
+
+def test_a_path_that_stands_for_a_base_without_a_recipe(tmp_path: Path, cache: Path) -> None:
+    """A path has one slash of `package://` taken away, and an error names no key of a recipe."""
+    file = write_gguf(tmp_path / "tiny.gguf")
+    assert model_folder(file, Silent()) == resolve("tiny.gguf", tmp_path).path
+    assert model_folder(tmp_path, Silent()) == tmp_path
+    with pytest.raises(ModelError, match="no installed package is called 'no_such_package'") as told:
+        model_folder(Path("package://no_such_package/tiny.gguf"), Silent())
+    assert told.value.key is None
 
 
 def test_converting_shows_how_far_it_is(
