@@ -475,6 +475,7 @@ def test_work_stops_when_the_client_goes(server: Server, stream: bool) -> None:
                 client.post(CHAT, json=body, timeout=0.3)
     wait_for(lambda: server.metric("request_success_total", finished_reason="abort") == before + 2)
     assert server.metric("num_requests_running") == 0
+    wait_for(lambda: f"{'ended by ' if stream else ''}499, the client hung up" in " ".join(server.stderr.split()))
 
 
 def test_adapters_come_and_go_while_others_answer(server: Server, shop: Path) -> None:
