@@ -248,7 +248,7 @@ def evaluate(
     check_reports(opened.run, report)
     with_calls = any(metrics.get(name).needs == "calls" for name in job.recipe.evaluation.final)
     asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
-    asking = open_asking(opened, job, reporter)
+    asking = open_asking(opened, job, asked, reporter)
     engine = tuned.load(job.tokenizer, reporter)
     objective = build_objective(job, engine.model, tuned.card.dtype)
     prove(job, objective, job.rows.splits[split], reporter)

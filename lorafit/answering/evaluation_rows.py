@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.answering.tuned import Tuned
-from lorafit.contracts import JsonObject, Reporter, Silent
+from lorafit.contracts import GenerationRow, JsonObject, Reporter, Silent
 from lorafit.data.sources.sample_set import read_sources
 from lorafit.data.store import ExampleSet
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.evaluation.base_side import FittedBase
 from lorafit.evaluation.evaluation import About
 from lorafit.evaluation.further import Asking
-from lorafit.evaluation.runner import Side
+from lorafit.evaluation.runner import Side, require_measurable
 from lorafit.files.cache import key_of_code
 from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
@@ -162,13 +162,21 @@ def _open_rows(loaded: LoadedRecipe, tuned: Tuned, split: str, reporter: Reporte
     return Job(loaded, tuned.base, shape, tokenizer, renderer, rows, read_device())
 
 
-def open_asking(opened: OpenedRun, job: Job, reporter: Reporter) -> Asking:
+def open_asking(opened: OpenedRun, job: Job, asked: Sequence[GenerationRow], reporter: Reporter) -> Asking:
     """What the recipe's metrics are given that ask more than the rows' own answers, or compare answers by an encoder.
 
+    Args:
+        opened: The run.
+        job: Its rows and renderer.
+        asked: Rows to answer.
+        reporter: Told what is loaded.
+
     Raises:
+        DataError: No metric of the recipe has a row that it can score.
         ModelError: The encoder is not there, or is none.
     """
     evaluation, encoder = job.recipe.evaluation, None
+    require_measurable(asked, evaluation.final)
     embeds = {metrics.get(name).embeds for name in with_companions(evaluation.final)}
     if evaluation.encoder is not None and embeds != {"no"}:
         from lorafit.model.sentence_encoder import SentenceEncoder

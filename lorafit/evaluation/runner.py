@@ -307,6 +307,26 @@ def find_pad_id(tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None =
     return 0
 
 
+def require_measurable(generation_rows: Sequence[GenerationRow], metric_names: Sequence[str]) -> None:
+    """Refuses an evaluation none of whose metrics has a row, or a prompt of its own, that it can score.
+
+    Where no rows are answered it says nothing: what a task predicts may be what is read.
+
+    Raises:
+        DataError: None has one.
+    """
+    names = with_companions(metric_names)
+    wanted = [metrics.get(name) for name in names]
+    if (
+        not generation_rows
+        or any(metric.needs == "scores" or metric.probes() for metric in wanted)
+        or find_asked(generation_rows, names)
+    ):
+        return
+    needs = "; ".join(f"{name} needs {metrics.get(name).condition}" for name in metric_names)
+    raise DataError(f"no row can be scored: {needs}", todo="add such rows, or name other metrics in evaluation.final")
+
+
 def find_asked(generation_rows: Sequence[GenerationRow], metric_names: Sequence[str]) -> list[GenerationRow]:
     """Rows whose answer some metric would read; others are not worth generating."""
     readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "scores"]

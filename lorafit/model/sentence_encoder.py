@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorafit.contracts import JsonObject, JsonValue, Reporter
+from lorafit.contracts import JsonObject, JsonValue, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.facts import ModelClass
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.kinds.quantizations.none import NoneSection
 from lorafit.model.base import read_base
+from lorafit.model.base_config import CONFIG
 from lorafit.model.load import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,10 +64,14 @@ class SentenceEncoder:
         Raises:
             ModelError: There is none, it is a decoder, or pools in another way.
         """
+        folder = folder.resolve()
         if not folder.is_dir():
             raise ModelError("no such folder", file=str(folder), key=_KEY, todo=_TODO)
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"holds no {CONFIG}, so it is no sentence encoder", file=str(folder), key=_KEY, todo=_TODO)
         base = read_base(folder, is_compared=False)
         _require_encoder(base.config, folder)
+        reporter.info(f"loading the sentence encoder {folder.name}, which compares texts")
         model = load_model(
             base,
             quantization=NoneSection(),
@@ -75,18 +80,18 @@ class SentenceEncoder:
             attention="auto",
             device=device,
             model_class=ModelClass("AutoModel"),
-            reporter=reporter,
+            reporter=Silent(),
         ).eval()
         tokenizer = load_tokenizer(base)
         bounds = (base.config.get("max_position_embeddings"), tokenizer.model_max_length, _longest(folder))
         longest = min(int(bound) for bound in bounds if bound)
-        return cls(model, tokenizer, folder.resolve().name, longest, _pools_first(folder))
+        return cls(model, tokenizer, folder.name, longest, _pools_first(folder))
 
     def embed(self, texts: Sequence[str], reporter: Reporter) -> dict[str, NDArray[np.float64]]:
         """The vector of each text, each once."""
         found: dict[str, NDArray[np.float64]] = {}
         order = sorted(set(texts), key=len)
-        with torch.no_grad(), reporter.track(len(order), f"embedding by {self.name}") as bar:
+        with torch.no_grad(), reporter.track(len(order), f"embedding texts by the sentence encoder {self.name}") as bar:
             for start in range(0, len(order), _BATCH_ROWS):
                 some = order[start : start + _BATCH_ROWS]
                 cut = {"padding": True, "truncation": True, "max_length": self.longest}

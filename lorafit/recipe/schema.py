@@ -6,7 +6,7 @@ in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -69,12 +69,16 @@ Word = Annotated[str, StringConstraints(min_length=1), AfterValidator(_one_line)
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
-def one_name_of(what: str, names: Sequence[str]) -> tuple[AfterValidator, WithJsonSchema]:
-    """What makes a text one of some names; its error lists the nearest and all of them."""
+def one_name_of(
+    what: str, names: Sequence[str], part_of: Mapping[str, str] | None = None
+) -> tuple[AfterValidator, WithJsonSchema]:
+    """What makes a text one of some names; its error lists the nearest and all of them, or what it is a part of."""
 
     def check(value: str) -> str:
         if value in names:
             return value
+        if part_of and value in part_of:
+            raise ValueError(f"'{value}' is no {what} by itself; name {part_of[value]}, which it comes with")
         if is_not_yet(what, value):
             raise ValueError(f"{what} '{value}' does not exist yet; available: {', '.join(names)}")
         raise ValueError(f"unknown {what} '{value}'; {suggest_word(value, names)}available: {', '.join(names)}")
@@ -86,7 +90,8 @@ _USUAL = tasks.make("causal-lm")
 _WHILE_TRAINING = [name for name, metric in metrics.items() if metric.while_training]
 
 FormatName = Annotated[str, *one_name_of("format", ["auto", *formats.names()])]
-MetricName = Annotated[str, *one_name_of("metric", metrics.names())]
+_PARTS = {part: name for name, metric in metrics.items() for part in metric.beside}
+MetricName = Annotated[str, *one_name_of("metric", metrics.names(), _PARTS)]
 RepeatedMetricName = Annotated[str, *one_name_of("metric while training", _WHILE_TRAINING)]
 
 

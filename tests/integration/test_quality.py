@@ -7,6 +7,7 @@ import json
 import pytest
 
 import lorafit
+from lorafit.answering.tuned import Tuned
 from lorafit.errors import DataError, LorafitError
 from lorafit.kinds.metrics._stress_prompts import PROMPTS
 from tests.support.tiny_encoder import make_encoder
@@ -60,12 +61,20 @@ def test_all_of_them_stand_in_every_form_of_the_report(run):
     assert len(first["base"]["further"]["sampled_similarity"]) == 4
 
 
-def test_without_paraphrases_the_metric_does_not_apply(run):
+def test_without_paraphrases_the_metric_does_not_apply(run, monkeypatch):
     write_rows(run.parent / "plain.jsonl", make_rows(6, first=200))
-    found = evaluate(run, ["paraphrase_consistency"], None, **{"data.test": str(run.parent / "plain.jsonl")})
-    assert not found.to_json()["metrics"]
+    plain = {"data.test": str(run.parent / "plain.jsonl")}
+    found = evaluate(run, ["paraphrase_consistency", "loss"], None, **plain)
+    assert set(found.to_json()["metrics"]) == {"loss"}
     (left,) = found.to_json()["unscored"]
     assert left["sentence"] == "paraphrase_consistency: does not apply, none of 6 rows is a row that names paraphrases"
+
+    monkeypatch.setattr(Tuned, "load", lambda *_: pytest.fail("a model was loaded for nothing"))
+    with pytest.raises(
+        DataError, match="no row can be scored: paraphrase_consistency needs a row that names"
+    ) as caught:
+        evaluate(run, ["paraphrase_consistency"], None, **plain)
+    assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,7 @@ def test_without_paraphrases_the_metric_does_not_apply(run):
     [
         (None, 3, "domain_relevance compares texts by a sentence encoder, and evaluation.encoder is not set"),
         ("nowhere", 5, "no such folder"),
+        ("run", 5, "evaluation.encoder: holds no config.json, so it is no sentence encoder"),
         ("decoder", 5, "'llama' is no encoder that reads a text in both directions"),
     ],
 )
@@ -81,6 +91,13 @@ def test_a_bad_encoder_ends_in_a_sentence(run, encoder, code, said):
         evaluate(run, ["domain_relevance"], encoder)
     assert caught.value.exit_code == code
     assert caught.value.todo
+
+
+def test_an_encoder_that_is_not_there_is_named_by_its_whole_path(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(LorafitError, match="no such folder") as caught:
+        evaluate(run, ["domain_relevance"], None, **{"evaluation.encoder": "nowhere"})
+    assert caught.value.file == str(run.parent / "nowhere"), "without the way there from the run's folder"
 
 
 def test_they_are_not_measured_while_training(run):

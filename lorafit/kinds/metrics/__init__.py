@@ -136,6 +136,7 @@ class Metric(ABC):
         percent: Whether its values are shares of 1, shown in per cent.
         condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
         companions: Metrics that are scored whenever this one is: what it alone would hide.
+        beside: Its other values, which a recipe cannot name: they come with it.
         whole: Its values that are of all answers together and never below 0, so that drawn rows give no interval that
             could hold a 0: they have none, and no verdict.
         settings: How it is computed, so that others can compare.
@@ -150,6 +151,7 @@ class Metric(ABC):
     percent: bool = False
     condition: str = "a row with a reference answer"
     companions: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     settings: str = ""
     while_training: bool = True

@@ -32,7 +32,7 @@ _VALUES = ("domain_relevance", "relevance_to_prompt", "relevance_to_reference", 
 class DomainRelevance(Metric):
     """Cosines of answers with prompts and references, beside those of other rows."""
 
-    name = _VALUES[0]
+    name, beside = _VALUES[0], _VALUES[1:]
     condition = "a row with words of the user and a reference answer"
     settings = "cosine of embeddings, mean over rows; other rows' references and prompts for comparison"
     while_training = False

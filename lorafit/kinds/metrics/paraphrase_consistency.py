@@ -22,6 +22,7 @@ class ParaphraseConsistency(Consistency):
 
     name = "paraphrase_consistency"
     same = "paraphrase_same"
+    beside = (same,)
     condition = "a row that names paraphrases"
 
     def usable(self, row: RowScore) -> bool:

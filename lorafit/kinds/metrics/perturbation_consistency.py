@@ -67,6 +67,7 @@ class PerturbationConsistency(Consistency):
 
     name = "perturbation_consistency"
     same = "perturbation_same"
+    beside = (same,)
     condition = "a row whose prompt ends in words of the user"
 
     def usable(self, row: RowScore) -> bool:

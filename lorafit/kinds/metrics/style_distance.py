@@ -95,7 +95,7 @@ class StyleDistance(Metric):
 
     name = "style_distance"
     better = "lower"
-    whole = ("style_delta",)
+    beside = whole = ("style_delta",)
     settings = f"mean |z| of {len(FEATURES)} features, z by mean and deviation over the references of these rows"
     while_training = False
 

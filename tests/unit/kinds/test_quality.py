@@ -126,6 +126,15 @@ def test_style_is_measured_in_deviations_of_the_references():
     assert {line[4] for line in table.lines} == {"0.00"}, "no -0.00"
 
 
+def test_values_that_come_with_a_metric_are_those_that_it_names():
+    rows = [replace(row, answer=row.reference) for row in REFERRED]
+    asked = {"paraphrases": ("x",), "answer": "a", "prompt": ASKED}
+    for name in ("paraphrase_consistency", "perturbation_consistency"):
+        assert set(values(name, [replied(name, "a", **asked)])) == {name, *metrics.get(name).beside}
+    for name in ("style_distance", "domain_relevance"):
+        assert set(values(name, rows)) == {name, *metrics.get(name).beside}
+
+
 def test_the_delta_of_style_has_no_interval_which_could_not_hold_a_0():
     references = ["It opens at nine.", "On monday it opens!", "Mugs cost ten. Plates cost nine.", "No", "So?", "Ok 1"]
     same = [RowScore(answer=text, reference=text) for text in references]

@@ -66,7 +66,7 @@ def test_what_is_no_encoder_is_refused_in_a_sentence(folder, tmp_path):
     make_base(tmp_path / "llama")
     assert "'llama' is no encoder that reads a text in both directions" in refused(tmp_path / "llama")
     (tmp_path / "empty").mkdir()
-    assert "config.json is missing" in refused(tmp_path / "empty")
+    assert "evaluation.encoder: holds no config.json, so it is no" in refused(tmp_path / "empty")
 
 
 def test_another_pooling_is_refused(folder, tmp_path):

@@ -131,6 +131,11 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ),
     ("unknown metric", MINIMAL + "evaluation: {final: [rogue]}\n", ["evaluation.final[0]", "did you mean rouge"]),
     (
+        "a metric's other value",
+        MINIMAL + "evaluation: {final: [relevance_to_prompt]}\n",
+        ["evaluation.final[0]", "'relevance_to_prompt' is no metric by itself; name domain_relevance"],
+    ),
+    (
         "metric that needs another turn's answers while training",
         MINIMAL + "evaluation: {during: [loss, tool_call]}\n",
         ["evaluation.during[1]", "while training", "available: ", "loss"],
