@@ -23,12 +23,17 @@ class ParaphraseConsistency(Consistency):
     name = "paraphrase_consistency"
     same = "paraphrase_same"
     beside = (same,)
-    condition = "a row that names paraphrases"
+    condition = "a row that names paraphrases other than its question"
 
     def usable(self, row: RowScore) -> bool:
-        """Rows that name paraphrases, end in words of the user and got an answer."""
-        return row.answer is not None and bool(row.paraphrases and row.prompt)
+        """Rows that name other words, end in words of the user and got an answer."""
+        return row.answer is not None and bool(_others(row) and row.prompt)
 
     def questions(self, row: RowScore, draws: int) -> Sequence[Question]:
         """Each paraphrase."""
-        return [Question("paraphrase", words) for words in row.paraphrases]
+        return [Question("paraphrase", words) for words in _others(row)]
+
+
+def _others(row: RowScore) -> list[str]:
+    """Its paraphrases but those that are the question itself, which would count as consistent."""
+    return [words for words in row.paraphrases if words.split() != row.prompt.split()]

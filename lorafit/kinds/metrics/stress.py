@@ -116,27 +116,32 @@ class Stress(ShareOfRows):
     def tables(self, base: Sequence[RowScore], tuned: Sequence[RowScore]) -> tuple[ReportTable, ...]:
         """Shares and faults by category, and every prompt with its answers, those with faults first."""
         pairs = [(_reply(other), one, other) for one, other in zip(base, tuned, strict=True)]
-        lines = []
+        lines, beside = [], []
         for category in dict.fromkeys(reply.question.name for reply, *_ in pairs):
             of_base = [one for reply, one, _ in pairs if reply.question.name == category]
             of_tuned = [other for reply, _, other in pairs if reply.question.name == category]
             shares = (_clean(of_base), _clean(of_tuned))
-            lines.append((category, len(of_tuned), *shares, _count(of_base, base), _count(of_tuned, tuned)))
+            lines.append((category, len(of_tuned), *shares, _count(of_base), _count(of_tuned)))
+            if any(found := (_count_beside(of_base, base), _count_beside(of_tuned, tuned))):
+                beside.append((category, *(words or "-" for words in found)))
         headings = ("prompts", "number", "base", "tuned", "base: faults", "tuned: faults")
         ordered = sorted(pairs, key=lambda pair: not _faults(pair[2]))
         answers = tuple(
             (
                 reply.question.name,
-                ", ".join(find_faults(reply)) or "-",
+                ", ".join(_faults(other)) or "-",
                 shorten(_visible(" … ".join(filter(None, (reply.question.filler, reply.question.words))))),
                 shorten(_visible(one.answer or "")),
                 shorten(_visible(reply.text)),
             )
-            for reply, one, _ in ordered
+            for reply, one, other in ordered
         )
         shown = ("prompts", "tuned: faults", "prompt", "base answer", "tuned answer")
+        title = "stress: counted beside faults, and none of a single answer"
+        beside_faults = ReportTable("stress_beside", title, ("prompts", "base", "tuned"), tuple(beside))
         return (
             ReportTable(self.name, "stress: prompts without a fault, and faults", headings, tuple(lines)),
+            *([beside_faults] if beside else ()),
             ReportTable(f"{self.name}_answers", "stress: every prompt, faults of the tuned first", shown, answers),
         )
 
@@ -153,13 +158,19 @@ def _clean(rows: Sequence[RowScore]) -> float:
     return sum(not _faults(row) for row in rows) / len(rows)
 
 
-def _count(rows: Sequence[RowScore], among: Sequence[RowScore]) -> str:
-    """Faults of a category's rows in words; `among` are those of all categories."""
-    counts = Counter(name for row in rows for name in find_faults(_reply(row)))
+def _count(rows: Sequence[RowScore]) -> str:
+    """Faults of a category's rows in words."""
+    counts = Counter(name for row in rows for name in _faults(row))
+    return ", ".join(f"{counts[name]} {name}" for name in FAULTS if counts[name]) or "-"
+
+
+def _count_beside(rows: Sequence[RowScore], among: Sequence[RowScore]) -> str:
+    """What is counted beside faults of a category's rows, in words; `among` are those of all categories."""
+    counts = Counter(name for row in rows for name in find_faults(_reply(row)) if name == OTHER_SCRIPT)
     said = {(row.answer, _reply(row).question.name) for row in among}
     kinds = Counter(answer for answer, _ in said)
     counts[ELSEWHERE] = sum(bool(row.answer) and kinds[row.answer] > 1 for row in rows)
-    return ", ".join(f"{counts[name]} {name}" for name in (*FAULTS, OTHER_SCRIPT, ELSEWHERE) if counts[name]) or "-"
+    return ", ".join(f"{counts[name]} {name}" for name in (OTHER_SCRIPT, ELSEWHERE) if counts[name])
 
 
 def _visible(text: str) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from lorafit.evaluation.report import LINES_SHOWN, _conclude, cells_of
+from lorafit.contracts import ReportTable
+from lorafit.evaluation.report import CELL, LINES_SHOWN, _conclude, _draw_table, cells_of
 from lorafit.evaluation.statistics import compare
 from lorafit.exporting.model_card import _span
 from lorafit.kinds.metrics import Question, Reply, RowScore, metrics
@@ -71,6 +72,9 @@ def test_paraphrases_are_compared_with_the_rows_own_answer():
     assert found == {name: pytest.approx(((1 + unlike) / 2 + 1) / 2), "paraphrase_same": 0.75}
     assert [question.words for question in metrics.get(name).questions(row, 4)] == ["x", "y"]
     assert not metrics.get(name).usable(replace(row, paraphrases=()))
+    copied = replace(row, paraphrases=(f" {ASKED}", "y"))
+    assert [question.words for question in metrics.get(name).questions(copied, 4)] == ["y"]
+    assert not metrics.get(name).usable(replace(row, paraphrases=(ASKED,)))
     (by_way, examples) = metrics.get(name).tables([row], [row])
     assert by_way.lines == (("asked", *(pytest.approx(value) for value in ((1 + unlike) / 2, 0.5) * 2)),)
     (by_way, _) = metrics.get(name).tables([row, again], [row, again])
@@ -261,17 +265,25 @@ def test_stress_is_the_share_of_prompts_without_a_fault_and_says_which_there_are
     tuned = [row("short", "At nine."), row("short", ""), row("long", "В девять.")]
     assert values("stress", base) == {"stress": pytest.approx(1 / 3)}
     assert values("stress", tuned) == {"stress": pytest.approx(2 / 3)}  # another script is no fault
-    by_category, answers = metrics.get("stress").tables(base, tuned)
+    by_category, beside, answers = metrics.get("stress").tables(base, tuned)
     assert by_category.lines == (
         ("short", 2, 0.0, 0.5, "1 empty, 1 cut", "1 empty"),
-        ("long", 1, 1.0, 1.0, "1 other script", "1 other script"),
+        ("long", 1, 1.0, 1.0, "-", "-"),
     )
+    assert beside.lines == (("long", "1 other script", "1 other script"),)
     always = [row("short", "At nine."), row("short", "At nine."), row("long", "At nine.")]
-    (told, _) = metrics.get("stress").tables(base, always)
+    (_, told, _) = metrics.get("stress").tables(base, always)
     assert [line[-1] for line in told.lines] == ["2 said to other kinds too", "1 said to other kinds too"]
     own = [row("short", "At nine."), row("short", "At nine."), row("long", "At ten.")]
-    assert [line[-1] for line in metrics.get("stress").tables(base, own)[0].lines] == ["-", "-"]
-    assert [line[:2] for line in answers.lines] == [("short", "empty"), ("short", "-"), ("long", "other script")]
+    assert [table.name for table in metrics.get("stress").tables(own, own)] == ["stress", "stress_answers"]
+    assert [line[:2] for line in answers.lines] == [("short", "empty"), ("short", "-"), ("long", "-")]
+
+
+def test_long_cells_of_a_metrics_table_are_cut_in_a_narrow_terminal():
+    shown = ReportTable("some", "some", ("prompts",), (("Sys. " * 100,),))
+    narrow, wide = (next(iter(_draw_table("some", shown, wide=wide).columns[0].cells)).plain for wide in (False, True))
+    assert len(narrow) == CELL and narrow.endswith("…")
+    assert wide == "Sys. " * 100
 
 
 def test_prompts_of_stress_are_those_that_they_are_called():
