@@ -195,7 +195,9 @@ class FurtherQuestions:
             answer, before = answers[number], ""
             if each.row == len(self.rows):
                 before = _text_before(str(engine.tokenizer.decode(each.prompt_ids)), each.question)
-            reply = Reply(each.question, answer.text, answer.written, answer.ended, before)
+            reply = Reply(
+                each.question, answer.text, answer.written, answer.ended, before, self.sampling.max_new_tokens
+            )
             found[each.row][each.metric] = (*found[each.row].get(each.metric, ()), reply)
         return list(found)
 

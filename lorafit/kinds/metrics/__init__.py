@@ -68,6 +68,7 @@ class Reply:
         written: The answer with its control tokens.
         ended: How it ended, as `Answer.ended`.
         before: Of a metric's own prompt: what the rendered prompt holds before its words.
+        most_tokens: Longest answer that it could be.
     """
 
     question: Question
@@ -75,6 +76,7 @@ class Reply:
     written: str = ""
     ended: str = "stop"
     before: str = ""
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

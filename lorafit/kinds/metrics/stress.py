@@ -139,8 +139,9 @@ class Stress(ShareOfRows):
         shown = ("prompts", "tuned: faults", "prompt", "base answer", "tuned answer")
         title = "stress: counted beside faults, and none of a single answer"
         beside_faults = ReportTable("stress_beside", title, ("prompts", "base", "tuned"), tuple(beside))
+        most = f"answers of at most {_reply(tuned[0]).most_tokens} tokens (evaluation.max_new_tokens)"
         return (
-            ReportTable(self.name, "stress: prompts without a fault, and faults", headings, tuple(lines)),
+            ReportTable(self.name, f"stress: prompts without a fault, and faults; {most}", headings, tuple(lines)),
             *([beside_faults] if beside else ()),
             ReportTable(f"{self.name}_answers", "stress: every prompt, faults of the tuned first", shown, answers),
         )

@@ -151,6 +151,7 @@ def test_a_metrics_own_prompts_are_scored_instead_of_rows(tuned, tokenizer, aske
     assert found.tuned_speed is None  # no row needs an answer
     assert all(row.tuned.answer is None for row in found.rows)
     assert [line[:2] for line in found.metric_tables[0].lines] == [("short", 1), ("empty", 1), ("long", 1)]
+    assert "at most 3 tokens" in found.metric_tables[0].title, "on which it depends how many are cut"
     assert found.worst[0].name == "loss"
     assert not found.unscored
     without = run(tuned, tokenizer, (asked[0], []), ["stress", "loss"], asking)
