@@ -114,7 +114,7 @@ def test_drift_is_told_of_prompts_whoever_chose_the_adapter(server: Server) -> N
         assert server.metric("prompt_drift_seen", adapter="dishes") <= number + 2
         if server.metric("prompt_drift", adapter="dishes"):
             break
-    assert server.metric("prompt_drift_seen", adapter="dishes") == 32
+    assert server.metric("prompt_drift_seen", adapter="dishes") in (32, 33)  # the last look may end meanwhile
     assert server.metric("prompt_drift_seen", adapter="hours") >= 36
     assert 'lorafit:prompt_drift{adapter="hours"' in server.client.get("/metrics").text
     assert server.metric("prompt_drift", adapter="hours") < 0.1  # nearly all are its training prompts
