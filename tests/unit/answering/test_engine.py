@@ -189,4 +189,5 @@ def test_users_call_adapters_as_they_like(
     named, plain = engine.answer([Request(ids, one, SHORT) for one in (name, "code")])
     assert named.text == plain.text
     engine.remove_adapter(name)
-    assert engine.adapters == ("law", "code") and not recwarn.list
+    assert engine.adapters == ("law", "code")
+    assert not [told for told in recwarn.list if "adapter" in str(told.message).lower()]  # libraries tell other things
