@@ -9,7 +9,7 @@ from typing import get_args
 
 from lorafit.console.wording import alternatives
 from lorafit.kinds.adapters import adapters, refusal
-from lorafit.kinds.metrics import metrics
+from lorafit.kinds.metrics import metrics, with_companions
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.section import PACKED
 from lorafit.kinds.tasks import tasks
@@ -151,6 +151,13 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
             keys, todo = (f"evaluation.final[{number}]", "evaluation.encoder"), "name the folder of one, e.g. MiniLM's"
             what = f"{name} compares texts by a sentence encoder, and evaluation.encoder is not set"
             yield Disagreement(keys, what, todo, is_missing=True)
+    if evaluation.encoder is not None and all(
+        metrics.get(name).embeds == "no" for name in with_companions(evaluation.final)
+    ):
+        keys = ("evaluation.encoder", "evaluation.final")
+        yield Disagreement(
+            keys, "no metric of evaluation.final compares texts by it", "name one that does, or leave it out"
+        )
     least, most = evaluation.min_new_tokens, evaluation.max_new_tokens
     if least > most:
         keys, todo = ("evaluation.min_new_tokens", "evaluation.max_new_tokens"), "lower it, or raise max_new_tokens"

@@ -74,6 +74,7 @@ OTHER |= {
     "draws": "3",
     "draw_temperature": "0.5",
 }
+NEEDS = {"length_penalty": "evaluation.num_beams=4", "encoder": "evaluation.final=[sampled_similarity]"}
 
 
 @pytest.mark.parametrize(("task", "option"), UNREAD)
@@ -82,7 +83,8 @@ def test_an_option_that_a_task_does_not_read_is_refused(fails: Fails, loads: Loa
     sets = f"{key}={value or OTHER.get(key.split('.')[1], 'chatml')}"
     said = str(fails(MINIMAL, [f"task={task}", sets]))
     assert f"{key}: task {task} {tasks.get(task).unread[option]}; leave it out" in said
-    loads(MINIMAL, [sets, "evaluation.num_beams=4"] if option.endswith("length_penalty") else [sets])
+    needed = NEEDS.get(option.rpartition(".")[2])
+    loads(MINIMAL, [sets, needed] if needed else [sets])
 
 
 def test_what_may_be_set_instead_of_a_refused_value_is_said(fails: Fails) -> None:
@@ -95,6 +97,10 @@ def test_what_may_be_set_instead_of_a_refused_value_is_said(fails: Fails) -> Non
     ("evaluation", "said"),
     [
         ("length_penalty: 2", "evaluation.length_penalty: only a beam search reads it; set evaluation.num_beams"),
+        (
+            "encoder: minilm, final: [must_contain]",
+            "evaluation.encoder: no metric of evaluation.final compares texts by it; name one that does",
+        ),
         (
             "max_new_tokens: 4, min_new_tokens: 5",
             "evaluation.min_new_tokens: 5 is more than max_new_tokens 4",
