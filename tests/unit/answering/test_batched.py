@@ -61,17 +61,23 @@ def test_answers_are_those_of_lone_runs(live: BatchedEngine, folders: Any, token
     assert [ticket.finish_reason for ticket in tickets] == [answer.ended for answer in lone]
 
 
-def test_a_full_line_is_told_with_its_numbers(tokenizer: Any) -> None:
-    live = BatchedEngine(Engine(build_llama(), tokenizer), Limits(rows=1, waiting=2))
+def hold(live: BatchedEngine) -> tuple[threading.Event, threading.Thread]:
+    """Keeps an engine's thread busy until the event is set; the thread that waits for it is to be joined."""
     held, go_on = threading.Event(), threading.Event()
 
-    def hold(engine: Engine) -> None:
+    def wait(engine: Engine) -> None:
         held.set()
         go_on.wait()
 
-    holder = threading.Thread(target=live.between_steps, args=[hold])
+    holder = threading.Thread(target=live.between_steps, args=[wait])
     holder.start()
     held.wait()
+    return go_on, holder
+
+
+def test_a_full_line_is_told_with_its_numbers(tokenizer: Any) -> None:
+    live = BatchedEngine(Engine(build_llama(), tokenizer), Limits(rows=1, waiting=2))
+    go_on, holder = hold(live)
     tickets = [ask(live, "a"), ask(live, "b"), ask(live, "c")]  # the first has a place, which it takes at the next turn
     with pytest.raises(QueueFull, match="0 requests are being answered and 3 wait"):
         ask(live, "d")
@@ -284,15 +290,7 @@ def test_figures_tell_how_long_nothing_moved_and_who_reads(tokenizer: Any) -> No
     live = BatchedEngine(Engine(build_llama(), tokenizer))
     time.sleep(0.05)
     assert live.figures().still_seconds == 0  # nobody waits
-    held, go_on = threading.Event(), threading.Event()
-
-    def hold(engine: Engine) -> None:
-        held.set()
-        go_on.wait()
-
-    holder = threading.Thread(target=live.between_steps, args=[hold])
-    holder.start()
-    held.wait()
+    go_on, holder = hold(live)
     time.sleep(0.05)
     ticket = live.submit(LiveRequest([5], None, SHORT, counts=False))
     assert live.figures().still_seconds < 0.05  # since it came, at most
